@@ -1,0 +1,766 @@
+"""Co-GRPO: a masked diffusion model and its inference schedule, optimised together by GRPO. One file, top to bottom.
+
+A masked diffusion model (MDM) is trained in a single step (fill in the masked tokens) but used in T steps: start from
+[MASK] everywhere, and at every step guess all masked tokens, keep the most confident, mask the rest again. How many to
+keep, how hot to draw, how much noise, how much guidance: a schedule made by hand decides. Co-GRPO (arXiv 2512.22288)
+calls the T-step loop a Markov decision process and trains what acts in it, the model AND the schedule, on the reward
+of the finished sample:
+
+    state       V^(t)   the canvas (and the condition c)                         -> rollout
+    action      A, V'   the schedule's parameters A = (r, tau_s, tau_r, w),
+                        drawn from p_phi(A | V^(t), c), then the filled tokens,
+                        drawn from p_theta(V' | A; V^(t), c)                     -> Schedule, MDM, guided_logits
+    reward      R       on the last canvas only; G samples of one condition
+                        form a group; advantage = (R - mean) / std of its group  -> group_advantage
+    update              PPO's clipped surrogate and a KL leash for either
+                        factor, every step re-scored alone                       -> log_prob, update
+
+The box of the paper's figure and the function have the same name. What is ours and not the paper's is marked (ours).
+Left out: the paper's text-to-image backbone and reward models (bring yours: see `train`), any value function,
+gradients through the generation, and which tokens were KEPT as part of the likelihood: the paper's approximation,
+`--likelihood fill`. The likelihood that has it is `--likelihood exact` (ours).
+
+    python cogrpo.py                  the whole pipeline on MNIST: pretrain, measure, Co-GRPO, measure, draw
+    python cogrpo.py --quick          the same, small
+    python cogrpo.py --load out/cogrpo.pt --steps 8       measure and draw a result, at another T
+
+As a library: `pretrain`, `train`, `sample`. A model is anything with `model(tokens int64 [B, L], cond int64 [B]) ->
+logits [B, L, V]` (V tokens, never [MASK]) and the attributes seq_len, vocab_size, mask_id, null_cond (None: no
+guidance); a reward is anything with `reward_fn(tokens [B, L], cond [B]) -> float [B]`.
+"""
+import argparse
+import copy
+import csv
+import hashlib
+import inspect
+import math
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+
+def setting(default, comment, low=None, choices=None):
+    return field(default=default, metadata={"help": comment, "low": low, "choices": choices})
+
+
+def check_settings(settings):
+    """ValueError, naming the flag, where a field of a settings dataclass is outside its limits."""
+    for f in fields(settings):
+        value, low, choices = getattr(settings, f.name), f.metadata.get("low"), f.metadata.get("choices")
+        flag = "--" + f.name.replace("_", "-")
+        if choices and value not in choices:
+            raise ValueError(f"{flag} {value}: must be one of {', '.join(choices)}")
+        if low is not None and not low <= value < math.inf:  # NaN fails too
+            raise ValueError(f"{flag} {value}: must be a number of at least {low}")
+
+
+@dataclass
+class Settings:
+    """Co-GRPO's settings; each is a flag of the command line too."""
+    update: str = setting("joint", "what learns: both at once, in turns (the paper), or one alone",
+                          choices=("joint", "alternate", "model", "schedule"))
+    likelihood: str = setting("fill", "of the filled tokens (the paper), or with what was kept, too (ours)",
+                              choices=("fill", "exact"))
+    steps: int = setting(4, "T, decoding steps of a sample", low=1)
+    iters: int = setting(50, "iterations: one rollout and its update each", low=0)
+    groups: int = setting(10, "groups in a rollout; a group shares its condition", low=1)
+    group_size: int = setting(12, "G, samples in a group", low=2)
+    epochs: int = setting(1, "updates on each rollout", low=1)
+    lr: float = setting(2e-4, "learning rate of the model, theta", low=0)
+    schedule_lr: float = setting(1e-2, "learning rate of the schedule, phi", low=0)
+    clip: float = setting(0.2, "a ratio outside [1 - clip, 1 + clip] gets no more gradient", low=0)
+    kl_model: float = setting(1.0, "weight of KL(model || pretrained), on l_c", low=0)
+    kl_schedule: float = setting(0.1, "weight of KL(schedule || hand-made)", low=0)
+    bonus: float = setting(0.15, "weight of the advantage for differing from one's group (ours)", low=0)
+    grad_norm: float = setting(1.0, "each factor's gradient is clipped to this norm", low=0)
+    spread: float = setting(0.3, "standard deviation of the schedule's exploration", low=1e-6)
+    rl_seed: int = setting(None, "seed of Co-GRPO alone (default: --seed)")
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+# --------------------------------------------------------------------------- the masked diffusion model, pretrained
+
+class Block(nn.Module):
+    """Pre-norm transformer block, attention over all positions: x float [B, L, D] -> [B, L, D]."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class MDM(nn.Module):
+    """A small masked diffusion model: tokens int64 [B, L], cond int64 [B] -> logits float [B, L, V].
+
+    Tokens are 0..V-1, [MASK] is V; conditions are 0..C-1, the null condition of guidance is C.
+    """
+
+    def __init__(self, seq_len, vocab_size, num_conds, dim=96, depth=3, heads=4):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"--dim {dim}: must be a multiple of --heads {heads}")
+        self.seq_len, self.vocab_size, self.mask_id, self.null_cond = seq_len, vocab_size, vocab_size, num_conds
+        self.token, self.cond = nn.Embedding(vocab_size + 1, dim), nn.Embedding(num_conds + 1, dim)
+        self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab_size)
+        for embedding in (self.token, self.cond):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens, cond):
+        x = self.token(tokens) + self.cond(cond)[:, None] + self.position
+        return self.head(self.norm(self.blocks(x)))
+
+
+def pretrain(model, tokens, cond, steps=1200, batch=128, lr=1e-3, drop=0.1):
+    """Single-step masked prediction (BERT, MaskGIT): hide a share cos(pi U / 2) of the tokens, U uniform, guess them.
+
+    tokens int64 [N, L], cond int64 [N], both on the model's device. A share `drop` of the conditions becomes the null
+    condition, so that guidance has its l_u. Trains `model` in place; returns the mean loss of the last 100 steps.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=tokens.is_cuda)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    losses = []
+    bar = tqdm(range(steps), "pretraining", unit="step", mininterval=0.5)
+    for step in bar:
+        rows = torch.randint(len(tokens), (batch,), device=tokens.device)
+        target, c = tokens[rows], cond[rows]
+        if model.null_cond is not None:
+            c = torch.where(torch.rand(batch, device=c.device) < drop, model.null_cond, c)
+        ratio = torch.cos(torch.rand(batch, 1, device=c.device) * math.pi / 2)
+        rank = torch.rand(target.shape, device=c.device).argsort(1).argsort(1)
+        masked = rank < (ratio * model.seq_len).ceil()
+        logits = model(torch.where(masked, model.mask_id, target), c)
+        loss = F.cross_entropy(logits.transpose(1, 2), torch.where(masked, target, -100))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        losses.append(loss.detach())
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return float(torch.stack(losses[-100:]).mean())
+
+
+# ------------------------------------------------------------------------------------------ the schedule, p_phi
+
+NAMES = ("r", "tau_s", "tau_r", "w")  # re-mask ratio, sampling temperature, re-mask temperature, guidance scale
+
+
+def hand_made(u):
+    """The schedule that people use: (r, tau_s, tau_r, w) at u = (t + 1) / T, as MaskGIT-style samplers have it."""
+    return math.cos(math.pi * u / 2), 1.0, 4.5 * (1 - u), 1.0
+
+
+def unconstrain(r, tau_s, tau_r, w):
+    """Pre-images under `constrain`, with floors, since sigmoid and softplus never reach 0."""
+    r = min(max(r, 1e-3), 1 - 1e-3)
+    return [math.log(r / (1 - r))] + [math.log(math.expm1(max(x, low)))
+                                      for x, low in ((tau_s, 1e-3), (tau_r, 0.05), (w, 1e-3))]
+
+
+def constrain(action):
+    """float [..., 4] unconstrained -> (r, tau_s, tau_r, w): sigmoid for r, softplus for the rest (AdaNAT)."""
+    return torch.cat([action[..., :1].sigmoid(), F.softplus(action[..., 1:])], -1)
+
+
+def canvas_statistics(l_c, masked):
+    """What the schedule sees of a canvas and its condition: float [B, 5], each of order one. (ours)
+
+    The masked share, then mean and spread over the masked positions of the confidence (largest probability) and of
+    the entropy / log V of l_c [B, L, V]. Any MDM of any length and vocabulary has these.
+    """
+    log_p = l_c.log_softmax(2)
+    confidence = log_p.amax(2).exp()
+    entropy = -(log_p.exp() * log_p).sum(2) / math.log(l_c.shape[2])
+    count = masked.sum(1).clamp(min=1)
+    columns = [masked.to(l_c.dtype).mean(1)]
+    for x in (confidence, entropy):
+        mean = (x * masked).sum(1) / count
+        variance = ((x - mean[:, None]).square() * masked).sum(1) / count
+        columns += [mean, (variance + 1e-6).sqrt()]
+    return torch.stack(columns, 1)
+
+
+class Schedule(nn.Module):
+    """p_phi(A | V^(t), c): a Gaussian of fixed spread around hand-made functions plus a learned residual.
+
+    The last layer starts at zero, so a new Schedule IS the hand-made one. It takes u = (t + 1) / T, no table over t:
+    trained at one T, it runs at any.
+    """
+
+    def __init__(self, spread=0.3, hidden=32, hand_made=hand_made):
+        super().__init__()
+        self.spread, self.hand_made = spread, hand_made
+        self.residual = nn.Sequential(nn.Linear(6, hidden), nn.SiLU(), nn.Linear(hidden, 4))
+        nn.init.zeros_(self.residual[2].weight)
+        nn.init.zeros_(self.residual[2].bias)
+
+    def prior(self, u, like):
+        """The hand-made pre-images at u: [4], in the dtype and on the device of `like`."""
+        return like.new_tensor(unconstrain(*self.hand_made(u)))
+
+    def forward(self, statistics, u):
+        """statistics float [B, 5], u float -> the mean of the unconstrained action, [B, 4]."""
+        x = torch.cat([statistics, torch.full_like(statistics[:, :1], u)], 1)
+        return self.prior(u, x) + self.residual(x)
+
+    def log_prob(self, mean, action, acts):
+        """log N(action | mean, spread) [B], over the parameters that act on something (acts bool [B, 4])."""
+        log_p = -0.5 * ((action - mean) / self.spread).square() - math.log(self.spread * math.sqrt(2 * math.pi))
+        return (log_p * acts).sum(1)
+
+    def kl(self, mean, u, acts):
+        """KL(p_phi || hand-made) [B]: of two Gaussians of one spread, half the squared distance in spreads."""
+        return (0.5 * ((mean - self.prior(u, mean)) / self.spread).square() * acts).sum(1)
+
+
+# --------------------------------------------------------------------------------------------------- the rollout
+
+@dataclass
+class Step:
+    """One step of a rollout of B samples: all that re-scoring needs, and no graph."""
+    u: float                # (t + 1) / T
+    canvas: torch.Tensor    # V^(t) int64 [B, L]
+    masked: torch.Tensor    # where it is [MASK], bool [B, L]
+    acts: torch.Tensor      # which of the four parameters act on something here, bool [B, 4]
+    mean: torch.Tensor      # the schedule's mean, unconstrained, [B, 4]
+    action: torch.Tensor    # A, unconstrained, [B, 4]
+    candidate: torch.Tensor  # a token drawn for every position, int64 [B, L]
+    order: torch.Tensor     # positions, the most confident first (noise and all), int64 [B, L]
+    filled: torch.Tensor    # I^fill: the candidates that were kept, bool [B, L]
+    old_model: torch.Tensor = None     # log-probs at the time of the rollout: [B, K], see `log_prob`
+    old_schedule: torch.Tensor = None  # [B]
+
+
+def branches(model, tokens, cond):
+    """l_c and l_u, each [B, L, V], from one pass of 2B rows; l_u is None for a model without guidance (B rows)."""
+    if model.null_cond is None:
+        return at_least_float32(model(tokens, cond)), None
+    both = model(torch.cat([tokens, tokens]), torch.cat([cond, torch.full_like(cond, model.null_cond)]))
+    return at_least_float32(both).chunk(2)
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def guided_logits(l_c, l_u, w):
+    """Classifier-free guidance: l_c + w (l_c - l_u); w [B]."""
+    return l_c if l_u is None else l_c + w[:, None, None] * (l_c - l_u)
+
+
+def gumbel_like(x):
+    return -torch.empty_like(x).exponential_().log()
+
+
+@torch.no_grad()
+def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood="fill"):
+    """Fill canvases in T steps. cond int64 [B]; returns (tokens int64 [B, L], the T `Step`s).
+
+    tokens: canvases to start from, int64 [B, L] with mask_id where to fill (default: everywhere). explore: draw the
+    schedule's parameters; else take their mean, and keep no log-probs. ValueError for a T outside 1..L.
+    """
+    if not 1 <= steps <= model.seq_len:
+        raise ValueError(f"--steps {steps}: T must be in 1..{model.seq_len}, the number of tokens")
+    canvas = torch.full((len(cond), model.seq_len), model.mask_id, device=cond.device) if tokens is None else tokens
+    at_start = (canvas == model.mask_id).sum(1)
+    trajectory = []
+    for t in range(steps):
+        u, last = (t + 1) / steps, t == steps - 1
+        masked = canvas == model.mask_id
+        count = masked.sum(1)
+        l_c, l_u = branches(model, canvas, cond)
+
+        mean = schedule(canvas_statistics(l_c, masked), u)
+        action = mean + schedule.spread * torch.randn_like(mean) if explore else mean
+        r, tau_s, tau_r, w = constrain(action).unbind(1)
+
+        # A candidate for every position: argmax of logits / tau_s + Gumbel noise is a draw from their softmax.
+        logits = guided_logits(l_c, l_u, w)
+        candidate = (logits / tau_s[:, None, None] + gumbel_like(logits)).argmax(2)
+
+        # Keep the most confident, by log-confidence (guided, un-tempered) + tau_r * Gumbel noise; mask the rest again.
+        confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
+        noisy = confidence + tau_r[:, None] * gumbel_like(confidence)
+        order = noisy.masked_fill(~masked, -math.inf).argsort(1, descending=True)
+        left = torch.zeros_like(count) if last else torch.minimum((r * at_start).floor().long(), count - 1)
+        rank = torch.arange(model.seq_len, device=cond.device).expand_as(order)
+        filled = torch.zeros_like(masked).scatter(1, order, rank < (count - left)[:, None]) & masked
+
+        ranks, some = (count > 1) & (not last), count > 0  # r and tau_r need a choice to act on, w needs guidance
+        acts = torch.stack([ranks, some, ranks, some & (l_u is not None)], 1)
+        step = Step(u, canvas, masked, acts, mean, action, candidate, order, filled)
+        if explore:
+            step.old_model, _, step.old_schedule, _ = log_prob(schedule, l_c, l_u, step, likelihood)
+        trajectory.append(step)
+        canvas = torch.where(filled, candidate, canvas)
+    return canvas, trajectory
+
+
+def sample(model, schedule, cond, steps, tokens=None):
+    """Samples int64 [B, L] for cond int64 [B], in T steps with the schedule's mean: no exploration at inference.
+
+    tokens: canvases with some positions given, int64 [B, L], mask_id elsewhere.
+    """
+    return rollout(model, schedule, cond, steps, tokens, explore=False)[0]
+
+
+# ------------------------------------------------------------------------- advantages, likelihoods and the update
+
+def group_advantage(reward, group_size):
+    """(R - mean) / (std + 1e-4) within each group of G neighbours: reward [B] -> [B]. All equal: exactly 0."""
+    r = reward.view(-1, group_size)
+    advantage = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
+    return torch.where(r.amax(1, keepdim=True) == r.amin(1, keepdim=True), 0, advantage).flatten()
+
+
+def group_difference(tokens, group_size):
+    """How much a sample differs from the others of its group: mean share of differing tokens, [B, L] -> [B]. (ours)"""
+    groups = tokens.view(-1, group_size, tokens.shape[1])
+    return (groups[:, :, None] != groups[:, None]).float().mean(3).sum(2).flatten() / (group_size - 1)
+
+
+def log_prob(schedule, l_c, l_u, step, likelihood):
+    """Log-probability of what a step did, under given branches: (model [B, K], exists bool [B, K], schedule [B],
+    the schedule's mean [B, 4]).
+
+    The model's comes in K factors, each with a ratio and a clip of its own, zero where it does not exist:
+    fill   K = L: the filled tokens under the guided, tempered distribution that they were drawn from (the paper's)
+    exact  K = 2L + 1 (ours): every candidate, the thrown-away too; the order of the kept ones, for the top k of
+           score + tau_r * Gumbel is a Plackett-Luce draw; and p_phi, whose statistics are functions of theta.
+    """
+    statistics = canvas_statistics(l_c, step.masked)
+    mean = schedule(statistics if likelihood == "exact" else statistics.detach(), step.u)
+    log_phi = schedule.log_prob(mean, step.action, step.acts)
+
+    _, tau_s, tau_r, w = constrain(step.action).unbind(1)
+    logits = guided_logits(l_c, l_u, w)
+    token = F.log_softmax(logits / tau_s[:, None, None], 2).gather(2, step.candidate[:, :, None])[:, :, 0]
+    if likelihood == "fill":
+        return token * step.filled, step.filled, log_phi, mean
+
+    confidence = logits.log_softmax(2).gather(2, step.candidate[:, :, None])[:, :, 0]
+    score = (confidence / tau_r[:, None]).masked_fill(~step.masked, -1e9).gather(1, step.order)
+    among = score.flip(1).logcumsumexp(1).flip(1)  # the k-th kept was chosen among itself and all after it
+    choice = (step.filled != step.masked).any(1, keepdim=True)  # a step that keeps all has nothing to rank
+    ranked = step.filled.gather(1, step.order) & choice
+    exists = torch.cat([step.masked, ranked, torch.ones_like(choice)], 1)
+    return torch.cat([token, score - among, log_phi[:, None]], 1) * exists, exists, log_phi, mean
+
+
+def surrogate(log_p, old, advantage, clip):
+    """PPO's clipped surrogate: min(ratio A, clip(ratio) A)."""
+    ratio = (log_p - old).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+
+
+def update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, which="joint"):
+    """Re-score a rollout step by step and take one step of theta and phi per epoch (or of one of them: `which`).
+
+        loss_theta = mean over samples of sum_t [ -surrogate_theta,t / L + kl_model KL_model,t / L ]
+        loss_phi   = mean over samples of (1/T) sum_t [ -surrogate_phi,t + kl_schedule KL_schedule,t ]
+
+    theta has a ratio for each token, phi one for each step: a product over a step's tokens leaves [1 - clip, 1 + clip]
+    for most samples after a single update (ours). Returns a dict of diagnostics, of the last epoch.
+    """
+    B, L, T = len(cond), model.seq_len, len(trajectory)
+    theta, phi = list(model.parameters()), list(schedule.parameters())
+    with_theta, with_phi = which != "schedule", which != "model"
+    for _ in range(s.epochs):
+        sums = dict.fromkeys(("kl_model", "approx_kl_model", "clip_model", "kl_schedule", "approx_kl_schedule",
+                              "clip_schedule"), 0.0)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for step in trajectory:
+            with torch.set_grad_enabled(with_theta):
+                l_c, l_u = branches(model, step.canvas, cond)
+            with torch.no_grad():  # KL on l_c alone, un-tempered: B rows instead of 2B (ours)
+                log_q = at_least_float32(reference(step.canvas, cond)).log_softmax(2)
+            log_p = l_c.log_softmax(2)
+            kl_model = ((log_p.exp() * (log_p - log_q)).sum(2) * step.masked).sum() / (B * L)
+
+            log_theta, exists, log_phi, mean = log_prob(schedule, l_c, l_u, step, s.likelihood)
+            gain = surrogate(log_theta, step.old_model, advantage[:, None], s.clip)
+            loss_theta = -(gain * exists).sum() / (B * L) + s.kl_model * kl_model
+
+            kl_schedule = schedule.kl(mean, step.u, step.acts).sum() / (B * T)
+            gain = surrogate(log_phi, step.old_schedule, advantage, s.clip)
+            loss_phi = -gain.sum() / (B * T) + s.kl_schedule * kl_schedule
+
+            # Each loss reaches its own factor only; what the step's graph held is free again afterwards.
+            if with_phi:
+                loss_phi.backward(inputs=phi, retain_graph=with_theta)
+            if with_theta:
+                loss_theta.backward(inputs=theta)
+
+            with torch.no_grad():
+                for name, new, old, weight in (("model", log_theta, step.old_model, exists / exists.sum() / T),
+                                               ("schedule", log_phi, step.old_schedule, 1 / (B * T))):
+                    log_ratio = new - old
+                    sums["approx_kl_" + name] += ((log_ratio.expm1() - log_ratio) * weight).sum()
+                    sums["clip_" + name] += ((log_ratio.expm1().abs() > s.clip) * weight).sum()
+                sums["kl_model"] += kl_model
+                sums["kl_schedule"] += kl_schedule
+        for name, parameters, optimizer, active in zip(("model", "schedule"), (theta, phi), optimizers,
+                                                       (with_theta, with_phi)):
+            if active:
+                sums["grad_" + name] = nn.utils.clip_grad_norm_(parameters, s.grad_norm)
+                optimizer.step()
+    return {name: float(value) for name, value in sums.items()}
+
+
+def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
+    """Co-GRPO: rollout, advantage, update, `settings.iters` times. Returns (model, schedule, log).
+
+    model: pretrained; it is left as it is, serves as the KLs' reference, and a trained copy is returned.
+    reward_fn(tokens int64 [B, L], cond int64 [B]) -> float [B]. conds int64 [C]: the groups' conditions, taken in turn.
+    on_iteration(row, model, schedule, tokens, cond) sees every iteration and may add to its row of the log.
+    log: one dict of floats an iteration. ValueError where the reward has the wrong shape or is not finite.
+    """
+    s = settings
+    if s.rl_seed is not None:
+        torch.manual_seed(s.rl_seed)
+    reference, model = model.eval(), copy.deepcopy(model).eval().requires_grad_(True)
+    weights = next(model.parameters())
+    schedule = Schedule(s.spread).to(weights)
+    optimizers = (torch.optim.AdamW(model.parameters(), s.lr, weight_decay=0, fused=weights.is_cuda),
+                  torch.optim.Adam(schedule.parameters(), s.schedule_lr))
+    log, turns = [], {"alternate": ("model", "schedule")}.get(s.update, (s.update,))
+    bar = tqdm(range(s.iters), "Co-GRPO", unit="iter")
+    for i in bar:
+        cond = conds[torch.arange(i * s.groups, (i + 1) * s.groups, device=conds.device) % len(conds)]
+        cond = cond.repeat_interleave(s.group_size)
+        tokens, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
+        reward = check_reward(reward_fn(tokens, cond), len(cond))
+        advantage = group_advantage(reward, s.group_size)
+        advantage += s.bonus * group_advantage(group_difference(tokens, s.group_size).to(reward), s.group_size)
+        row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, turns[i % len(turns)])
+
+        groups = reward.view(-1, s.group_size)
+        equal = groups.amax(1) == groups.amin(1)
+        row = {"iter": i, "reward": float(reward.mean()), "group_std": float(groups.std(1).mean()),
+               "groups_equal": float(equal.float().mean())} | row
+        for j, name in enumerate(NAMES):
+            acting = [step for step in trajectory if bool(step.acts[:, j].any())]
+            row[name] = float(torch.stack([constrain(step.mean)[:, j].mean() for step in acting]).mean()) if acting else 0
+            # How far the mean moves with the canvas, in units of the exploration spread.
+            row[name + "_over_canvases"] = (
+                float(torch.stack([step.mean[:, j].std() for step in acting]).mean()) / s.spread if acting else 0)
+        log.append(row)
+        if on_iteration:
+            on_iteration(row, model, schedule, tokens, cond)
+        bar.set_postfix({"R": f"{row['reward']:.2f}", "KL model": f"{row['kl_model']:.3f}",
+                         "KL sched": f"{row['kl_schedule']:.2f}", "std": f"{row['group_std']:.2f}",
+                         "equal": f"{row['groups_equal']:.0%}"})
+    return model, schedule, log
+
+
+def check_reward(reward, batch):
+    """The reward as float [B] without graph; ValueError where it is anything else."""
+    if not torch.is_tensor(reward) or reward.shape != (batch,) or not reward.is_floating_point():
+        got = f"{reward.dtype} {list(reward.shape)}" if torch.is_tensor(reward) else type(reward).__name__
+        raise ValueError(f"reward_fn returned {got}: it must return a float tensor of shape [{batch}], one per sample")
+    if not bool(reward.isfinite().all()):
+        raise ValueError("reward_fn returned NaN or infinity: every sample needs a finite reward")
+    return reward.detach()
+
+
+# ----------------------------------------------------------------------------- the command line: the toy world's job
+
+@dataclass
+class ModelSettings:
+    """The MDM of the toy world and its pretraining."""
+    dim: int = setting(96, "width of the transformer", low=1)
+    depth: int = setting(3, "its blocks", low=1)
+    heads: int = setting(4, "attention heads", low=1)
+    pretrain_steps: int = setting(1200, "steps of single-step masked prediction", low=1)
+    pretrain_batch: int = setting(128, "digits in a step", low=1)
+    pretrain_lr: float = setting(1e-3, "peak learning rate, one cycle", low=0)
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+QUICK = dict(iters=6, group_size=8, dim=64, depth=2, pretrain_steps=250, pretrain_batch=64, codebook_size=64,
+             train_images=6000, test_images=2000, judge_epochs=3, eval_samples=200)
+
+
+def command_line(argv, world_settings):
+    """Parse flags into (arguments, Settings, ModelSettings, world settings); bad ones end the program with status 2."""
+    parser = argparse.ArgumentParser(
+        usage="python cogrpo.py [--flag=value ...]", allow_abbrev=False, formatter_class=lambda prog:
+        argparse.HelpFormatter(prog, max_help_position=26, width=118),
+        description="Co-GRPO on toy digits: train a masked diffusion model, optimise it together with its schedule.")
+    parser.error = lambda message: stop(f"{message} (--help lists the flags)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--data", metavar="DIR|drawn", help="folder with MNIST (torchvision's layout), or digits that "
+                     "Pillow draws; default: ./data, else download, else drawn")
+    run.add_argument("--out", default="out", metavar="DIR", help="where results go (default: out)")
+    run.add_argument("--cache", default="cache", metavar="DIR", help="where worlds are kept for next time (cache)")
+    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(auto)")
+    run.add_argument("--seed", type=int, default=0, help="of the world and all (0)")
+    run.add_argument("--quick", action="store_true", help="every stage and file, but small: about a minute")
+    run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure and draw it, no training")
+    run.add_argument("--eval-samples", type=int, metavar="N", help="samples that each row is measured on (1000)")
+    owners = {"Co-GRPO": Settings, "model and pretraining": ModelSettings, "toy world": world_settings}
+    for title, owner in owners.items():
+        group = parser.add_argument_group(title)
+        for f in fields(owner):
+            default = "" if f.default is None else f" ({f.default:g})" if f.type is float else f" ({f.default})"
+            group.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=f.metadata.get("choices"),
+                               default=argparse.SUPPRESS, help=f.metadata["help"] + default,
+                               metavar=None if f.metadata.get("choices") else f.type.__name__.upper())
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if any(name == f.name for o in owners.values()
+                                                                      for f in fields(o))}
+    quick = QUICK if args.quick else {}
+    if args.eval_samples is None:
+        args.eval_samples = quick.get("eval_samples", 1000)
+    if args.eval_samples < 100:
+        raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
+    if args.load and (idle := sorted(set(given) - {"steps"})):
+        raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
+    values = {"rl_seed": args.seed} | quick | given
+    settings = [owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})
+                for owner in owners.values()]
+    return args, *settings, given
+
+
+def stop(message):
+    print(f"cogrpo.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def pick_device(name):
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(n for n in ("cuda", "mps", "cpu") if there[n])
+    if not there[name]:
+        raise ValueError(f"--device {name}: there is none here; use "
+                         f"{' or '.join(n for n in there if there[n])}, or auto")
+    return torch.device(name)
+
+
+def writable_folder(flag, path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: cannot write there ({error.strerror}); name another folder") from None
+    return Path(path)
+
+
+def save_checkpoint(path, **content):
+    """Tensors, dicts and numbers only, so that weights_only=True loads it; written whole or not at all."""
+    from toy_reward import save_whole
+    save_whole(path, lambda part: torch.save(content | {"format": "cogrpo-1"}, part))
+
+
+def load_checkpoint(path, device="cpu"):
+    """A cogrpo.pt -> dict with the models `model` and `base` (pretrained), `schedule`, `settings`, `world` (a state)
+    and more. ValueError where the file is something else."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        if content["format"] != "cogrpo-1":
+            raise KeyError("format")
+        settings = Settings(**content["settings"])
+        schedule = Schedule(settings.spread).to(device)
+        schedule.load_state_dict(content["schedule"])
+        models = {}
+        for name in ("model", "base"):
+            models[name] = MDM(**content["mdm"]).to(device).eval()
+            models[name].load_state_dict(content[name])
+    except FileNotFoundError:
+        raise ValueError(f"--load {path}: no such file; a run writes cogrpo.pt into its --out folder") from None
+    except Exception as error:  # torch.load's errors are of many kinds and have one cure
+        raise ValueError(f"--load {path}: not a cogrpo.pt of this program ({type(error).__name__}); "
+                         "give the file that a run wrote into its --out folder") from None
+    return content | models | {"schedule": schedule, "settings": settings}
+
+
+def get_world(args, model_settings, world_settings, device):
+    """The toy world and its pretrained MDM, from the cache or made anew: (World, MDM, facts to print)."""
+    import toy_reward as toy
+    train_set, test_set, source, data_key = toy.load_digits(args.data, world_settings, args.seed)
+    print(source)
+    # The code that makes a world counts as a setting: who edits it gets a new one.
+    code = "".join(inspect.getsource(x) for x in (Block, MDM, pretrain, toy.drawn_digits, toy.fit_codebook, toy.splice,
+                                                  toy.Judge, toy.train_judge))
+    wanted = {"data": data_key, "seed": args.seed} | asdict(model_settings) | asdict(world_settings)
+    key = hashlib.sha256(f"{sorted(wanted.items())}{code}".encode()).hexdigest()[:12]
+    path = Path(args.cache) / f"world-{key}.pt"
+    mdm = dict(seq_len=toy.SEQ_LEN, vocab_size=world_settings.codebook_size, num_conds=toy.CLASSES,
+               dim=model_settings.dim, depth=model_settings.depth, heads=model_settings.heads)
+    torch.manual_seed(args.seed)
+    model = MDM(**mdm).to(device)
+    if path.exists():
+        try:
+            saved = torch.load(path, map_location=device, weights_only=True)
+            model.load_state_dict(saved["model"])
+            print(f"codebook, judges and pretrained model: from {path} (same settings; delete it to make them anew)")
+            return toy.World.from_state(saved["world"], device), model.eval(), mdm, saved["facts"]
+        except Exception:  # a damaged cache costs a new world, not the run
+            print(f"{path} cannot be read: making it anew")
+    world, tokens, labels = toy.World.build(train_set, test_set, world_settings, device)
+    loss = pretrain(model, tokens, labels, model_settings.pretrain_steps, model_settings.pretrain_batch,
+                    model_settings.pretrain_lr)
+    facts = {"pretraining loss (last 100 steps)": loss, "reward of splices": world.measure_splices()}
+    save_checkpoint(path, world=world.state(), model=model.state_dict(), facts=facts)
+    return world, model.eval(), mdm, facts
+
+
+def evaluate(world, name, model, schedule, steps, args):
+    """One row of the table: `--eval-samples` samples, the same classes and seed for every row."""
+    device = next(model.parameters()).device
+    torch.manual_seed(args.seed)
+    cond = torch.arange(args.eval_samples, device=device) % (model.null_cond)
+    tokens = torch.cat([sample(model, schedule, c, steps)
+                        for c in tqdm(cond.split(250), f"measuring {name}", unit="batch")])
+    passes = steps * (1 if model.null_cond is None else 2)
+    return {"name": name} | world.measure(tokens, cond) | {"passes": passes}
+
+
+def markdown(rows):
+    """The table of results, ready to paste; +- is one standard error over samples."""
+    lines = ["| | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity | passes |", "|---" * 8 + "|"]
+    for row in rows:
+        shares = [f"{row[k]:.3f} ± {row[k + '_se']:.3f}" for k in ("reward", "held_out", "accuracy")]
+        lines.append(f"| {row['name']} | {' | '.join(shares)} | {row['frechet']:.1f} | {row['pixel_frechet']:.2f} | "
+                     f"{row['diversity']:.3f} | {row['passes']} |")
+    return "\n".join(lines)
+
+
+def write_csv(path, rows):
+    from toy_reward import save_whole
+
+    def write(part):
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+    save_whole(path, write)
+
+
+def draw_results(out, world, base, model, schedule, steps, seed, log):
+    """samples.png, decoding.gif, schedule.png and, where there is a log, curves.png."""
+    import toy_reward as toy
+    device = next(model.parameters()).device
+    cond = torch.arange(50, device=device) % toy.CLASSES
+    ours = Schedule(schedule.spread).to(device)
+    runs, captions = [], (f"before: hand-made schedule, T = {steps}", f"after Co-GRPO, T = {steps}")
+    for m, p in ((base, ours), (model, schedule)):
+        torch.manual_seed(seed)
+        runs.append(rollout(m, p, cond, steps, explore=False))
+    real = torch.stack([world.test_tokens[world.test_labels == c][:2] for c in range(toy.CLASSES)], 1).flatten(0, 1)
+    toy.draw_samples(out / "samples.png", [(title, tokens) for title, (tokens, _) in zip(captions, runs)],
+                     ("real digits, seen through the codebook", real), world.codebook)
+    toy.draw_decoding(out / "decoding.gif", [(title, [step.canvas[:30] for step in trajectory] + [tokens[:30]])
+                                             for title, (tokens, trajectory) in zip(captions, runs)], world.codebook)
+
+    trajectory, panels = rollout(model, schedule, cond.repeat(6), steps, explore=False)[1], []
+    for j, (name, title) in enumerate(zip(NAMES, ("re-mask ratio r", "sampling temperature tau_s",
+                                                  "re-mask temperature tau_r", "guidance scale w"))):
+        acting = [i for i, step in enumerate(trajectory) if bool(step.acts[:, j].any())]
+        x = [i + 1 for i in acting]
+        learned = [constrain(trajectory[i].mean)[:, j] for i in acting]
+        low, high = ([float(v.quantile(q)) for v in learned] for q in (0.05, 0.95))
+        panels.append(dict(title=title + " (line: mean; band: 5 to 95% of canvases)", xlabel="step", lines=[
+            ("hand-made", x, [hand_made(trajectory[i].u)[j] for i in acting], toy.GREY, True),
+            ("learned", x, [float(v.mean()) for v in learned], toy.BLUE, False)], bands=[(x, low, high, toy.BLUE)]))
+    toy.draw_panels(out / "schedule.png", panels)
+    if log:
+        x = [row["iter"] for row in log]
+        toy.draw_panels(out / "curves.png", [
+            dict(title=title, xlabel="iteration", lines=[("", x, [row[key] for row in log], colour, False)])
+            for title, key, colour in (
+                ("mean reward of the rollouts, log p(c | x)", "reward", toy.BLUE),
+                ("held-out p(c | x) of the rollouts, exploring", "held_out", toy.RED),
+                ("KL(model || pretrained), on l_c, nats: sum over steps / L", "kl_model", toy.INK),
+                ("KL(schedule || hand-made), nats a step", "kl_schedule", toy.INK))])
+
+
+def run(argv, progress):
+    """The main job. `progress["saved"]` says which checkpoint a Ctrl-C leaves."""
+    import toy_reward as toy
+    args, settings, model_settings, world_settings, given = command_line(argv, toy.WorldSettings)
+    check_settings(world_settings)
+    if settings.steps > toy.SEQ_LEN:
+        raise ValueError(f"--steps {settings.steps}: T must be in 1..{toy.SEQ_LEN}, the number of tokens")
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high")  # TF32 where the card has it
+    if args.load:
+        saved = load_checkpoint(args.load, device)
+        out = writable_folder("--out", args.out)
+        settings = replace(saved["settings"], **given)
+        world, base, model, schedule, log = (toy.World.from_state(saved["world"], device), saved["base"],
+                                             saved["model"], saved["schedule"], [])
+        print(f"{args.load}: {saved['iterations']} iterations at T = {saved['settings'].steps}")
+    else:
+        out = writable_folder("--out", args.out)
+        writable_folder("--cache", args.cache)
+        world, base, mdm, facts = get_world(args, model_settings, world_settings, device)
+        print(", ".join(f"{name} {value:.3f}" for name, value in facts.items()))
+
+    rows, T = [], settings.steps
+    for steps in dict.fromkeys((T, 16, 32)):
+        rows.append(evaluate(world, f"base T={steps}", base, Schedule().to(device), steps, args))
+
+    if not args.load:
+        log = []
+
+        def on_iteration(row, model, schedule, tokens, cond):
+            row["held_out"] = float(world.held_out(tokens, cond).mean())  # watched, never trained on
+            log.append(row)
+            if len(log) % 10 == 0 or len(log) == settings.iters:
+                save(model, schedule)
+
+        def save(model, schedule):
+            write_csv(out / "log.csv", log)
+            save_checkpoint(out / "cogrpo.pt", settings=asdict(settings), mdm=mdm, model=model.state_dict(),
+                            base=base.state_dict(), schedule=schedule.state_dict(), world=world.state(),
+                            iterations=len(log))
+            progress["saved"] = f"{out / 'cogrpo.pt'} holds iteration {len(log)}: python cogrpo.py --load {out / 'cogrpo.pt'}"
+
+        model, schedule, _ = train(base, world.reward, torch.arange(toy.CLASSES, device=device), settings, on_iteration)
+        if not log:
+            save(model, schedule)
+
+    rows.append(evaluate(world, f"Co-GRPO T={T}", model, schedule, T, args))
+    rows.append({"name": "real digits"} | world.measure_real() | {"passes": ""})
+    write_csv(out / "results.csv", rows)
+    draw_results(out, world, base, model, schedule, T, args.seed, log)
+    print("\n" + markdown(rows) + f"\n\nresults, pictures and cogrpo.pt are in {out}/" if not args.load else
+          "\n" + markdown(rows) + f"\n\nresults and pictures are in {out}/")
+
+
+def main(argv=None):
+    progress = {}
+    try:
+        run(argv, progress)
+    except ValueError as error:
+        stop(error)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {progress.get('saved', 'no checkpoint was written yet')}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
