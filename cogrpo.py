@@ -128,7 +128,7 @@ class MDM(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def pretrain(model, tokens, cond, steps=1200, batch=128, lr=1e-3, drop=0.1):
+def pretrain(model, tokens, cond, steps=1200, batch=128, lr=2e-3, drop=0.1):
     """Single-step masked prediction (BERT, MaskGIT): hide a share cos(pi U / 2) of the tokens, U uniform, guess them.
 
     tokens int64 [N, L], cond int64 [N], both on the model's device. A share `drop` of the conditions becomes the null
@@ -493,7 +493,7 @@ class ModelSettings:
     heads: int = setting(4, "attention heads", low=1)
     pretrain_steps: int = setting(1200, "steps of single-step masked prediction", low=1)
     pretrain_batch: int = setting(128, "digits in a step", low=1)
-    pretrain_lr: float = setting(1e-3, "peak learning rate, one cycle", low=0)
+    pretrain_lr: float = setting(2e-3, "peak learning rate, one cycle", low=0)
 
     def __post_init__(self):
         check_settings(self)

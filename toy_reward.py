@@ -47,7 +47,7 @@ class WorldSettings:
     codebook_size: int = _setting(128, "K: patches in the codebook, so tokens in the vocabulary", low=2)
     train_images: int = _setting(60000, "digits to learn from, at most (two halves, one for each judge)", low=200)
     test_images: int = _setting(10000, "digits to measure against, at most", low=200)
-    judge_epochs: int = _setting(4, "epochs of each judge")
+    judge_epochs: int = _setting(2, "epochs of each judge")
 
 
 # ---------------------------------------------------------------------------------------------------- data
@@ -128,7 +128,7 @@ def _download(root):
 
 
 def _drawn(settings, seed):
-    train, test = min(settings.train_images, 20000), min(settings.test_images, 5000)  # a font has less variety
+    train, test = settings.train_images, settings.test_images
     images, labels = drawn_digits(train + test, seed)
     return (images[:train], labels[:train]), (images[train:], labels[train:])
 
@@ -206,9 +206,13 @@ class Judge(nn.Module):
             nn.Conv2d(1, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(),
             nn.Conv2d(2 * width, 2 * width, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2 * width * 16, 64), nn.ReLU())
         self.head = nn.Linear(64, CLASSES + 1)
+        for layer in self.body:
+            if hasattr(layer, "weight"):  # torch's default starts so small that the first epoch is lost
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
 
     def features(self, images):
-        return self.body(images[:, None])
+        return self.body((images[:, None] - 0.13) / 0.31)  # MNIST's mean and spread
 
     def forward(self, images):
         return self.head(self.features(images))
@@ -237,7 +241,7 @@ def train_judge(width, tokens, labels, codebook, epochs, name, batch=128):
     judge = Judge(width).to(tokens.device)
     steps = epochs * (len(tokens) // batch)
     optimizer = torch.optim.Adam(judge.parameters())
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), name, unit="step", mininterval=0.5)
     for step in bar:
         if step % (len(tokens) // batch) == 0:
@@ -258,7 +262,7 @@ def train_judge(width, tokens, labels, codebook, epochs, name, batch=128):
 def frechet(a, b):
     """Frechet distance between two Gaussians fitted to a [N, D] and b [M, D]: |mean difference|^2 +
     tr(A + B - 2 (A B)^1/2). In float64, on the CPU."""
-    a, b = a.double().cpu(), b.double().cpu()
+    a, b = a.cpu().double(), b.cpu().double()
     values, vectors = torch.linalg.eigh(torch.cov(a.T))
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     # tr (A B)^1/2 = tr (A^1/2 B A^1/2)^1/2, and that one is symmetric
@@ -270,7 +274,7 @@ def diversity(tokens, cond):
     """Share of tokens that differ between two different samples of one class, averaged over the classes."""
     shares = []
     for c in cond.unique():
-        counts = F.one_hot(tokens[cond == c]).sum(0).double()  # [L, V]: how often each token stands at each place
+        counts = F.one_hot(tokens[cond == c].cpu()).sum(0).double()  # [L, V]: how often each token stands at each place
         n = counts[0].sum()
         shares.append(1 - (counts * (counts - 1)).sum(1).mean() / (n * (n - 1)))
     return float(torch.stack(shares).mean())
@@ -286,7 +290,7 @@ class World:
         self.codebook, self.judge, self.held_out_judge = codebook, reward_judge, held_out_judge
         self.test_tokens, self.test_labels = test_tokens, test_labels
         pixels = decode(test_tokens, codebook).flatten(1)
-        self.components = torch.linalg.eigh(torch.cov(pixels.T.double().cpu()))[1][:, -32:].to(pixels)  # largest last
+        self.components = torch.linalg.eigh(torch.cov(pixels.T.cpu().double()))[1][:, -32:].to(pixels)  # largest last
         self.real = self._features(test_tokens)
 
     @classmethod

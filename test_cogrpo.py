@@ -1,0 +1,387 @@
+"""Sanity checks that a reader can learn the method from: each tests one property that Co-GRPO needs to be right.
+
+    pytest                     all of them, on drawn digits: no network, no data
+    pytest -k exact            the gradient against enumeration, on worlds of three tokens
+"""
+import itertools
+import math
+import re
+import socket
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cogrpo
+import toy_reward as toy
+from cogrpo import MDM, Schedule, Settings, Step, log_prob, rollout, sample, train, update
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def a_model(seq_len=6, vocab=5, conds=3, guided=True, seed=0, dtype=torch.float64, sharp=4.0):
+    """A small untrained MDM whose predictions are far from uniform, so that no term of a gradient vanishes."""
+    torch.manual_seed(seed)
+    model = MDM(seq_len, vocab, conds, dim=16, depth=1, heads=2).to(DEVICE, dtype)
+    with torch.no_grad():
+        for p in (model.token.weight, model.cond.weight, model.position):
+            p.normal_()
+        model.head.weight.mul_(sharp)
+    if not guided:
+        model.null_cond = None
+    return model
+
+
+def a_schedule(seed=1, dtype=torch.float64, scale=0.3):
+    """A schedule whose residual is random, not zero: it reacts to the canvas."""
+    torch.manual_seed(seed)
+    schedule = Schedule().to(DEVICE, dtype)
+    torch.nn.init.normal_(schedule.residual[2].weight, std=scale)
+    return schedule
+
+
+def conds(n, classes=3):
+    return torch.arange(n, device=DEVICE) % classes
+
+
+# --------------------------------------------------------------------------------------------- rollout and schedule
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_every_step_keeps_what_the_ratio_says_and_the_last_keeps_all(steps):
+    """After a step floor(r n) tokens are masked, but at least one was filled; what is filled stays."""
+    model, schedule = a_model(), a_schedule()
+    tokens, trajectory = rollout(model, schedule, conds(64), steps)
+    for step, after in zip(trajectory, [s.canvas for s in trajectory[1:]] + [tokens]):
+        r = step.action[:, 0].sigmoid()
+        before, left = step.masked.sum(1), (after == model.mask_id).sum(1)
+        wanted = torch.zeros_like(before) if step is trajectory[-1] else torch.minimum((r * 6).floor(), before - 1)
+        assert torch.equal(left, wanted.long().clamp(min=0))
+        assert torch.equal(after[~step.masked], step.canvas[~step.masked])
+        assert torch.equal(after[step.filled], step.candidate[step.filled])
+    assert (tokens < model.vocab_size).all() and (tokens >= 0).all()
+
+
+def test_given_tokens_stay_and_the_ratio_counts_from_the_masked_ones():
+    model, given = a_model(), torch.full((32, 6), 5, device=DEVICE)
+    given[:, 1], given[:, 4] = 2, 0
+    tokens, trajectory = rollout(model, Schedule().to(given.device, torch.float64), conds(32), 2, given)
+    assert (tokens[:, 1] == 2).all() and (tokens[:, 4] == 0).all() and (tokens != model.mask_id).all()
+    r = trajectory[0].action[:, 0].sigmoid()
+    assert torch.equal(trajectory[1].masked.sum(1), torch.minimum((r * 4).floor().long(), torch.tensor(3).to(r.device)))
+
+
+def test_a_new_schedule_is_the_hand_made_one_at_any_T():
+    """The residual's last layer starts at zero; pre-images have floors, since sigmoid never reaches 0."""
+    schedule = Schedule().double()
+    for T in (1, 4, 8, 50):
+        for t in range(T):
+            u = (t + 1) / T
+            r, tau_s, tau_r, w = cogrpo.constrain(schedule(torch.rand(3, 5).double(), u))[0].tolist()
+            assert r == pytest.approx(min(max(math.cos(math.pi * u / 2), 1e-3), 1 - 1e-3), abs=1e-9)
+            assert (tau_s, w) == (pytest.approx(1), pytest.approx(1))
+            assert tau_r == pytest.approx(max(4.5 * (1 - u), 0.05))
+
+
+def test_the_schedule_sees_the_canvas_and_the_condition():
+    """A table over t alone is not this method: other canvases, other conditions, other actions."""
+    model, schedule = a_model(), a_schedule()
+    _, trajectory = rollout(model, schedule, torch.zeros_like(conds(16)), 4, explore=False)
+    assert trajectory[2].mean.std(0).min() > 1e-3
+    first = rollout(model, schedule, conds(3), 4, explore=False)[1][0].mean
+    assert first.std(0).min() > 1e-3
+
+
+def test_statistics_look_at_masked_positions_only():
+    """What is already filled must not move the schedule; a uniform prediction has entropy 1 and confidence 1 / V."""
+    logits = torch.randn(4, 6, 5, dtype=torch.float64)
+    masked = torch.tensor([True, True, True, False, False, False]).expand(4, 6)
+    changed = logits.clone()
+    changed[:, 3:] += torch.randn(4, 3, 5, dtype=torch.float64)
+    assert torch.equal(cogrpo.canvas_statistics(logits, masked), cogrpo.canvas_statistics(changed, masked))
+    uniform = cogrpo.canvas_statistics(torch.zeros(1, 6, 5).double(), masked[:1])[0]
+    assert torch.allclose(uniform, torch.tensor([0.5, 0.2, 1e-3, 1.0, 1e-3]).double(), atol=1e-9)
+
+
+def test_without_exploration_the_schedule_adds_no_noise():
+    _, trajectory = rollout(a_model(), a_schedule(), conds(8), 3, explore=False)
+    assert all(torch.equal(step.mean, step.action) for step in trajectory)
+
+
+def test_schedule_log_prob_is_the_normals_over_the_parameters_that_act():
+    """r and tau_r act on nothing at the last step, w on nothing without guidance: they are not part of the policy."""
+    for guided in (True, False):
+        schedule = a_schedule()
+        _, trajectory = rollout(a_model(guided=guided), schedule, conds(8), 3)
+        for step in trajectory:
+            normal = torch.distributions.Normal(step.mean, schedule.spread)
+            columns = [1] if step is trajectory[-1] else [0, 1, 2]
+            columns += [3] if guided else []
+            wanted = normal.log_prob(step.action)[:, columns].sum(1)
+            assert torch.allclose(step.old_schedule, wanted, rtol=0, atol=1e-10)
+
+
+# ----------------------------------------------------------------------------------------------- likelihoods and KLs
+
+@pytest.mark.parametrize("likelihood", ["fill", "exact"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_rescoring_returns_the_stored_log_probs(likelihood, guided):
+    """The ratio is exactly 1 while the weights are unchanged, or the clip and approx_kl would be of something else."""
+    model, schedule = a_model(guided=guided, dtype=torch.float32), a_schedule(dtype=torch.float32)
+    _, trajectory = rollout(model, schedule, conds(32), 4, likelihood=likelihood)
+    for step in trajectory:
+        log_theta, exists, log_phi, _ = log_prob(schedule, *cogrpo.branches(model, step.canvas, conds(32)), step,
+                                                 likelihood)
+        assert (log_theta - step.old_model).abs().max() < 1e-5
+        assert (log_phi - step.old_schedule).abs().max() < 1e-5
+        assert (step.old_model[exists] != 0).all() and (step.old_model[~exists] == 0).all()
+
+
+def test_fill_scores_the_filled_tokens_under_the_guided_tempered_distribution():
+    model, schedule = a_model(), a_schedule()
+    tokens, trajectory = rollout(model, schedule, conds(8), 3)
+    for step, after in zip(trajectory, [s.canvas for s in trajectory[1:]] + [tokens]):
+        _, tau_s, _, w = cogrpo.constrain(step.action).T[:, :, None, None]
+        l_c, l_u = model(step.canvas, conds(8)), model(step.canvas, torch.full_like(conds(8), 3))
+        p = torch.softmax((l_c + w * (l_c - l_u)) / tau_s, 2)
+        for b, i in itertools.product(range(8), range(6)):
+            filled = step.canvas[b, i] == model.mask_id and after[b, i] != model.mask_id
+            wanted = p[b, i, after[b, i]].log().item() if filled else 0.0
+            assert float(step.old_model[b, i]) == pytest.approx(wanted, abs=1e-10)
+
+
+def test_group_advantage_against_numbers():
+    """Unbiased std, within the group of neighbours only; rewards all equal give exactly zero."""
+    reward = torch.tensor([1.0, 2.0, 3.0, 10.0, 10.0, 10.0, 0.1 + 0.2, 0.3, 0.3])
+    advantage = cogrpo.group_advantage(reward.double()[:6], 3)
+    assert advantage.tolist() == pytest.approx([-1 / 1.0001, 0, 1 / 1.0001, 0, 0, 0], abs=1e-12)
+    assert (cogrpo.group_advantage(torch.full((7,), 0.1), 7) == 0).all()
+
+
+def test_group_difference_against_a_double_loop():
+    tokens = torch.randint(3, (8, 5))
+    got = cogrpo.group_difference(tokens, 4)
+    for i in range(8):
+        others = [j for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
+        assert float(got[i]) == pytest.approx(np.mean([(tokens[i] != tokens[j]).float().mean() for j in others]))
+
+
+def test_surrogate_is_clipped_on_the_side_that_would_gain_only():
+    """PPO: for A > 0 no credit past 1 + clip, for A < 0 none below 1 - clip; the other sides keep their gradient."""
+    for ratio, advantage, value, gradient in ((1.5, 1.0, 1.2, 0.0), (0.5, 1.0, 0.5, 0.5), (1.5, -1.0, -1.5, -1.5),
+                                              (0.5, -1.0, -0.8, 0.0), (1.1, 2.0, 2.2, 2.2)):
+        new = torch.tensor(math.log(ratio), dtype=torch.float64, requires_grad=True)
+        gain = cogrpo.surrogate(new, torch.tensor(0.0), advantage, 0.2)
+        gain.backward()
+        assert (gain.item(), new.grad.item()) == (pytest.approx(value), pytest.approx(gradient))
+
+
+def one_update(model, schedule, reference, which="joint", lr=0.0, advantage=None, **settings):
+    """Roll out, re-score and (lr > 0) update once; returns (diagnostics, theta's gradient, phi's gradient)."""
+    s = Settings(**{"grad_norm": 1e9, "steps": 3} | settings)
+    torch.manual_seed(3)
+    cond = conds(48)
+    _, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
+    advantage = torch.randn(48, dtype=torch.float64, device=DEVICE) if advantage is None else advantage
+    optimizers = torch.optim.SGD(model.parameters(), lr), torch.optim.SGD(schedule.parameters(), lr)
+    row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, which)
+    gradients = [torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                            for p in part.parameters()]) for part in (model, schedule)]
+    return row, *gradients
+
+
+def test_both_kls_are_zero_at_the_start_and_pull_back_after_a_perturbation():
+    """With no advantage only the leashes act: a step along the gradient must shrink the KL that it belongs to."""
+    reference, none = a_model(), torch.zeros(48, dtype=torch.float64, device=DEVICE)
+    row, theta, phi = one_update(a_model(), Schedule().to(DEVICE, torch.float64), reference, advantage=none)
+    assert row["kl_model"] == pytest.approx(0, abs=1e-12) and row["kl_schedule"] == 0
+    assert theta.abs().max() < 1e-12 and phi.abs().max() == 0
+    model, schedule = a_model(), a_schedule()
+    with torch.no_grad():
+        model.head.weight.add_(0.3 * torch.randn_like(model.head.weight))
+    before, _, _ = one_update(model, schedule, reference, lr=0.05, advantage=none)
+    after, _, _ = one_update(model, schedule, reference, advantage=none)
+    assert 0 < after["kl_model"] < before["kl_model"] and 0 < after["kl_schedule"] < before["kl_schedule"]
+
+
+def test_kls_against_torch_distributions():
+    """KL(current || reference) on the un-tempered l_c, summed over the masked positions; and of two Gaussians."""
+    model, schedule, reference = a_model(), a_schedule(), a_model(seed=9)
+    row, _, _ = one_update(model, schedule, reference)
+    torch.manual_seed(3)
+    _, trajectory = rollout(model, schedule, conds(48), 3)
+    kl_model = kl_schedule = 0
+    for step in trajectory:
+        p, q = (torch.distributions.Categorical(logits=m(step.canvas, conds(48))) for m in (model, reference))
+        kl_model += (torch.distributions.kl_divergence(p, q) * step.masked).sum().item() / (48 * 6)
+        prior = torch.tensor(cogrpo.unconstrain(*cogrpo.hand_made(step.u)), dtype=torch.float64, device=DEVICE)
+        p, q = torch.distributions.Normal(step.mean, 0.3), torch.distributions.Normal(prior, 0.3)
+        kl_schedule += (torch.distributions.kl_divergence(p, q) * step.acts).sum().item() / (48 * 3)
+    assert (row["kl_model"], row["kl_schedule"]) == (pytest.approx(kl_model, 1e-9), pytest.approx(kl_schedule, 1e-9))
+
+
+# --------------------------------------------------------------------------------------------------------- the update
+
+@pytest.mark.parametrize("which, moves", [("joint", (True, True)), ("model", (True, False)), ("schedule", (False, True))])
+def test_each_update_moves_its_own_factor_only(which, moves):
+    model, schedule = a_model(), a_schedule()
+    parts = [[p.clone() for p in part.parameters()] for part in (model, schedule)]
+    one_update(model, schedule, a_model(), which, lr=0.1)
+    assert tuple(any(not torch.equal(p, q) for p, q in zip(before, part.parameters()))
+                 for before, part in zip(parts, (model, schedule))) == moves
+
+
+def test_alternate_takes_turns():
+    """The paper's: even iterations theta, odd ones phi."""
+    moved, last = [], None
+
+    def watch(row, model, schedule, tokens, cond):
+        nonlocal last
+        now = [torch.cat([p.detach().flatten() for p in part.parameters()]) for part in (model, schedule)]
+        moved.append(None if last is None else [not torch.equal(a, b) for a, b in zip(last, now)])
+        last = now
+    train(a_model(), lambda x, c: (x == 0).double().mean(1), conds(3), Settings(update="alternate", iters=4, steps=2,
+          groups=3, rl_seed=0), watch)
+    assert moved[1:] == [[False, True], [True, False], [False, True]]
+
+
+def test_epochs_reuse_a_rollout_against_the_stored_log_probs():
+    """On the second epoch the ratio has left 1: approx_kl says how far, and it is measured from the rollout."""
+    once, _, _ = one_update(a_model(), a_schedule(), a_model(), lr=0.5)
+    twice, _, _ = one_update(a_model(), a_schedule(), a_model(), lr=0.5, epochs=2)
+    assert once["approx_kl_model"] == pytest.approx(0, abs=1e-15) and once["clip_model"] == 0
+    assert twice["approx_kl_model"] > 1e-5 and twice["approx_kl_schedule"] > 1e-5
+
+
+def test_one_steps_graph_is_freed_before_the_next():
+    """Memory does not grow with T: when the model runs for the next step, the last one's logits are gone."""
+    model, alive, outputs = a_model(), [], []
+
+    def hook(module, args, output):
+        if output.requires_grad:
+            alive.append(sum(ref() is not None for ref in outputs))
+            outputs.append(weakref.ref(output))
+    model.register_forward_hook(hook)
+    one_update(model, a_schedule(), a_model(), steps=6)
+    assert len(alive) == 6 and max(alive) <= 1  # the loop's own names still hold the last one's output, no more
+
+
+def test_the_schedule_is_credited_once_a_step_and_theta_once_a_token():
+    """A ratio for every token: a product over tokens would clip nearly all of a sample after one update."""
+    model, schedule, cond = a_model(), a_schedule(), conds(8)
+    _, fill = rollout(model, schedule, cond, 2)
+    _, exact = rollout(model, schedule, cond, 2, likelihood="exact")
+    assert fill[0].old_model.shape == (8, 6) and exact[0].old_model.shape == (8, 13)
+    assert fill[0].old_schedule.shape == (8,)
+
+
+# ------------------------------------------------------------------------- the gradient against enumeration ("exact")
+
+def every_trajectory(model, schedule, actions):
+    """All trajectories of condition 0 under fixed draws A [T, 4], by formulas written anew, one canvas at a time.
+
+    Returns (probability [N] with its graph, p_phi of the draws included; tokens [N, L]; a trajectory of `Step`s with
+    one row for each). A trajectory is the candidates of every step and the order in which the kept ones were kept.
+    """
+    L, V, T = model.seq_len, model.vocab_size, len(actions)
+    c, null = torch.tensor([0]), torch.tensor([model.null_cond])
+
+    def transitions(canvas, t):
+        masked = [i for i in range(L) if canvas[i] == model.mask_id]
+        r, (tau_s, tau_r, w) = actions[t, 0].sigmoid(), torch.log1p(actions[t, 1:].exp())
+        l_c, l_u = (model(torch.tensor([canvas]), k)[0] for k in (c, null))
+        logits = (1 + w) * l_c - w * l_u
+        p, score = torch.softmax(logits / tau_s, 1), torch.log_softmax(logits, 1) / tau_r
+        left = 0 if t == T - 1 else min(math.floor(r * L), len(masked) - 1)
+        used = [1, 3] if left == 0 and (t == T - 1 or len(masked) == 1) else [0, 1, 2, 3]
+        mean = schedule(cogrpo.canvas_statistics(l_c[None], torch.tensor([[i in masked for i in range(L)]])),
+                        (t + 1) / T)[0]
+        density = torch.distributions.Normal(mean, schedule.spread).log_prob(actions[t])[used].sum().exp()
+        for tokens in itertools.product(range(V), repeat=len(masked)):
+            candidate = dict(zip(masked, tokens))
+            chance = density * math.prod(p[i, v] for i, v in candidate.items())
+            for kept in itertools.permutations(masked, len(masked) - left) if left else [tuple(masked)]:
+                odds, among = chance, list(masked)
+                for i in kept if left else ():
+                    weight = {j: score[j, candidate[j]].exp() for j in among}
+                    odds = odds * weight[i] / sum(weight.values())
+                    among.remove(i)
+                order = list(kept) + [i for i in range(L) if i not in kept]
+                after = tuple(candidate[i] if i in kept else canvas[i] for i in range(L))
+                yield odds, [candidate.get(i, 0) for i in range(L)], order, [i in kept for i in range(L)], after, used
+
+    known = {}
+    paths = [(torch.ones((), dtype=torch.float64), (model.mask_id,) * L, [])]
+    for t in range(T):
+        longer = []
+        for probability, canvas, path in paths:
+            if (canvas, t) not in known:
+                known[canvas, t] = list(transitions(canvas, t))
+            for odds, candidate, order, filled, after, used in known[canvas, t]:
+                longer.append((probability * odds, after, path + [(canvas, candidate, order, filled, used)]))
+        paths = longer
+    N, trajectory = len(paths), []
+    for t in range(T):
+        canvas, candidate, order, filled = (torch.tensor([path[t][k] for _, _, path in paths]) for k in range(4))
+        acts = torch.tensor([[j in path[t][4] for j in range(4)] for _, _, path in paths])
+        step = Step((t + 1) / T, canvas, canvas == model.mask_id, acts, None, actions[t].expand(N, 4), candidate, order,
+                    filled)
+        trajectory.append(step)
+    return torch.stack([p for p, _, _ in paths]), torch.tensor([after for _, after, _ in paths]), trajectory
+
+
+def gradients(seed, T, likelihood, V=3, tau_r=None):
+    """(true gradient of J = E[R], the update's own, summed over all trajectories with their probabilities)."""
+    model, schedule = a_model(3, V, 1, seed=seed, sharp=1.5).cpu(), a_schedule(seed + 1).cpu()
+    torch.manual_seed(seed + 2)
+    actions = torch.tensor([cogrpo.unconstrain((T - 1 - t) / T + 0.05, 0.8 + 0.1 * t, 1.0, 0.7) for t in range(T)])
+    actions = actions.double() + 0.1 * torch.randn(T, 4) * torch.tensor([0.0, 1, 1, 1])
+    if tau_r:
+        actions[:, 2] = math.log(math.expm1(tau_r))
+    reward = torch.randn(V, V, V, dtype=torch.float64)
+    probability, tokens, trajectory = every_trajectory(model, schedule, actions)
+    R = reward[tuple(tokens.T)]
+    J = (probability * R).sum()
+    theta = list(model.parameters())
+    true = torch.cat([g.flatten() for g in torch.autograd.grad(J, theta)])
+    N, cond = len(R), torch.zeros(len(R), dtype=torch.long)
+    with torch.no_grad():
+        for step in trajectory:
+            step.old_model, _, step.old_schedule, _ = log_prob(schedule, *cogrpo.branches(model, step.canvas, cond),
+                                                               step, likelihood)
+    # The real update's loss is -sum_i advantage_i log p_i / (N L): hand it the probability-weighted rewards.
+    s = Settings(likelihood=likelihood, kl_model=0, grad_norm=1e9, steps=T)
+    optimizers = torch.optim.SGD(theta, 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
+    update(model, schedule, model, optimizers, trajectory, cond, (probability * R).detach() * N, s, "model")
+    return true, -3 * torch.cat([p.grad.flatten() for p in theta]), probability, trajectory
+
+
+@pytest.mark.parametrize("T, V", [(2, 2), (2, 3), (3, 2), (3, 3)])
+def test_the_exact_likelihood_gives_the_true_gradient(T, V):
+    """Candidates, the order of the kept ones, and the schedule's view of theta: with all three the score-function
+    estimator of the real `update` is the gradient of the expected reward, to rounding."""
+    for seed in range(3):
+        true, estimate, _, _ = gradients(seed, T, "exact", V)
+        assert (estimate - true).norm() < 1e-8 * true.norm()
+
+
+def test_the_fill_likelihood_misses_it_less_so_the_hotter_the_ranking():
+    """The paper's likelihood drops which candidates were kept: a bias that fades as tau_r grows."""
+    bias = {}
+    for tau_r in (0.3, 3.0, 30.0):
+        pairs = [gradients(seed, 2, "fill", 2, tau_r)[:2] for seed in range(4)]
+        exact = [gradients(seed, 2, "exact", 2, tau_r)[:2] for seed in range(4)]
+        assert all((g - t).norm() < 1e-8 * t.norm() for t, g in exact)
+        bias[tau_r] = np.mean([float((g - t).norm() / t.norm()) for t, g in pairs])
+    assert bias[0.3] > 0.2 and bias[0.3] > 1.5 * bias[3.0]
+
+
+def test_exact_equals_fill_when_a_step_keeps_all():
+    """At the last step nothing is ranked: the two likelihoods are the same numbers there, but for p_phi."""
+    model, schedule, cond = a_model(), a_schedule(), conds(16)
+    _, trajectory = rollout(model, schedule, cond, 3)
+    l_c, l_u = cogrpo.branches(model, trajectory[-1].canvas, cond)
+    fill, _, log_phi, _ = log_prob(schedule, l_c, l_u, trajectory[-1], "fill")
+    exact, exists, _, _ = log_prob(schedule, l_c, l_u, trajectory[-1], "exact")
+    assert torch.equal(exact[:, :6], fill) and not exists[:, 6:12].any() and torch.equal(exact[:, 12], log_phi)
