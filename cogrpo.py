@@ -113,8 +113,6 @@ class MDM(nn.Module):
 
     def __init__(self, seq_len, vocab_size, num_conds, dim=96, depth=3, heads=4):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"--dim {dim}: must be a multiple of --heads {heads}")
         self.seq_len, self.vocab_size, self.mask_id, self.null_cond = seq_len, vocab_size, vocab_size, num_conds
         self.token, self.cond = nn.Embedding(vocab_size + 1, dim), nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
@@ -497,6 +495,8 @@ class ModelSettings:
 
     def __post_init__(self):
         check_settings(self)
+        if self.dim % self.heads:
+            raise ValueError(f"--dim {self.dim}: must be a multiple of --heads {self.heads}")
 
 
 QUICK = dict(iters=6, group_size=8, dim=64, depth=2, pretrain_steps=250, pretrain_batch=64, codebook_size=64,
@@ -669,7 +669,7 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
     for m, p in ((base, ours), (model, schedule)):
         torch.manual_seed(seed)
         runs.append(rollout(m, p, cond, steps, explore=False))
-    real = torch.stack([world.test_tokens[world.test_labels == c][:2] for c in range(toy.CLASSES)], 1).flatten(0, 1)
+    real = torch.stack([world.test_tokens[world.test_labels == c][:4] for c in range(toy.CLASSES)], 1).flatten(0, 1)
     toy.draw_samples(out / "samples.png", [(title, tokens) for title, (tokens, _) in zip(captions, runs)],
                      ("real digits, seen through the codebook", real), world.codebook)
     toy.draw_decoding(out / "decoding.gif", [(title, [step.canvas[:30] for step in trajectory] + [tokens[:30]])
@@ -682,9 +682,10 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
         x = [i + 1 for i in acting]
         learned = [constrain(trajectory[i].mean)[:, j] for i in acting]
         low, high = ([float(v.quantile(q)) for v in learned] for q in (0.05, 0.95))
-        panels.append(dict(title=title + " (line: mean; band: 5 to 95% of canvases)", xlabel="step", lines=[
+        panels.append(dict(title=title, xlabel="step", lines=[
             ("hand-made", x, [hand_made(trajectory[i].u)[j] for i in acting], toy.GREY, True),
-            ("learned", x, [float(v.mean()) for v in learned], toy.BLUE, False)], bands=[(x, low, high, toy.BLUE)]))
+            ("learned", x, [float(v.mean()) for v in learned], toy.BLUE, False),
+            ("band: 5 to 95% of canvases", [], [], toy.GREY, False)], bands=[(x, low, high, toy.BLUE)]))
     toy.draw_panels(out / "schedule.png", panels)
     if log:
         x = [row["iter"] for row in log]

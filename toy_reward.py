@@ -409,8 +409,9 @@ def _beside(titled, down=False):
 
 
 def draw_samples(path, compared, beneath, codebook):
-    """Blocks of samples side by side, one beneath. Each (caption, tokens [N, 49]), ten to a row: one class a column."""
-    blocks = [(title, _canvas_picture(tokens, codebook, CLASSES)) for title, tokens in (*compared, beneath)]
+    """Two blocks of samples side by side, ten to a row, and one beneath, twenty to a row; each (caption, tokens)."""
+    blocks = [(title, _canvas_picture(tokens, codebook, CLASSES)) for title, tokens in compared]
+    blocks.append((beneath[0], _canvas_picture(beneath[1], codebook, 2 * CLASSES)))
     rows = [("", _beside(blocks[:-1])), ("", _beside(blocks[-1:]))]
     page = Image.new("RGB", (max(p.width for _, p in rows), sum(p.height for _, p in rows)), "white")
     page.paste(rows[0][1], (0, 0))
@@ -436,7 +437,7 @@ def _panel(title, lines, bands=(), xlabel="", width=420, height=260):
     big = 2  # drawn twice as large and halved: smooth lines
     page = Image.new("RGB", (width * big, height * big), "white")
     draw = ImageDraw.Draw(page)
-    left, right, top, bottom = 52 * big, (width - 14) * big, 30 * big, (height - 40) * big
+    left, right, top, bottom = 52 * big, (width - 22) * big, 30 * big, (height - 40) * big
     xs = [x for line in lines for x in line[1]]
     ys = [y for line in lines for y in line[2]] + [y for band in bands for side in band[1:3] for y in side]
     low, high = (min(ys), max(ys)) if ys else (0, 1)
@@ -471,7 +472,7 @@ def _panel(title, lines, bands=(), xlabel="", width=420, height=260):
         if len(x) <= 40 and not dashed:
             for px, py in points:
                 draw.ellipse([px - 3 * big, py - 3 * big, px + 3 * big, py + 3 * big], colour)
-        _text(draw, (left + 8 * big + 120 * big * i, bottom + 22 * big), label, 12 * big, colour)
+        _text(draw, (left + 8 * big + 90 * big * i, bottom + 22 * big), label, 12 * big, colour)
     draw.line([left, top, left, bottom, right, bottom], GREY, big)
     _text(draw, (left, 8 * big), title, 14 * big)
     _text(draw, (right, bottom + 22 * big), xlabel, 11 * big, GREY, "ra")
