@@ -410,7 +410,7 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
                 loss_theta.backward(inputs=theta)
 
             with torch.no_grad():
-                for name, new, old, weight in (("model", log_theta, step.old_model, exists / exists.sum() / T),
+                for name, new, old, weight in (("model", log_theta, step.old_model, exists / exists.sum().clamp(min=1) / T),
                                                ("schedule", log_phi, step.old_schedule, 1 / (B * T))):
                     log_ratio = new - old
                     sums["approx_kl_" + name] += ((log_ratio.expm1() - log_ratio) * weight).sum()
@@ -444,6 +444,8 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
     log, turns = [], {"alternate": ("model", "schedule")}.get(s.update, (s.update,))
     bar = tqdm(range(s.iters), "Co-GRPO", unit="iter")
     for i in bar:
+        for optimizer, lr in zip(optimizers, (s.lr, s.schedule_lr)):
+            optimizer.param_groups[0]["lr"] = lr * (1 - i / s.iters)  # falls to zero, or the last samples keep its noise
         cond = conds[torch.arange(i * s.groups, (i + 1) * s.groups, device=conds.device) % len(conds)]
         cond = cond.repeat_interleave(s.group_size)
         tokens, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
@@ -456,12 +458,12 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
         equal = groups.amax(1) == groups.amin(1)
         row = {"iter": i, "reward": float(reward.mean()), "group_std": float(groups.std(1).mean()),
                "groups_equal": float(equal.float().mean())} | row
-        for j, name in enumerate(NAMES):
-            acting = [step for step in trajectory if bool(step.acts[:, j].any())]
-            row[name] = float(torch.stack([constrain(step.mean)[:, j].mean() for step in acting]).mean()) if acting else 0
-            # How far the mean moves with the canvas, in units of the exploration spread.
-            row[name + "_over_canvases"] = (
-                float(torch.stack([step.mean[:, j].std() for step in acting]).mean()) / s.spread if acting else 0)
+        mean = torch.stack([step.mean for step in trajectory])
+        acting = torch.stack([step.acts.any(0) for step in trajectory]).to(mean)  # [T, 4]
+        acting /= acting.sum(0).clamp(min=1)
+        row |= dict(zip(NAMES, (constrain(mean).mean(1) * acting).sum(0).tolist()))
+        moves = (mean.std(1) * acting).sum(0) / s.spread  # how far the mean goes with the canvas, in exploration spreads
+        row |= {name + "_over_canvases": value for name, value in zip(NAMES, moves.tolist())}
         log.append(row)
         if on_iteration:
             on_iteration(row, model, schedule, tokens, cond)
@@ -538,6 +540,8 @@ def command_line(argv, world_settings):
         raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
     if args.load and (idle := sorted(set(given) - {"steps"})):
         raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: must be 0 or more")
     values = {"rl_seed": args.seed} | quick | given
     settings = [owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})
                 for owner in owners.values()]
@@ -748,8 +752,7 @@ def run(argv, progress):
     rows.append({"name": "real digits"} | world.measure_real() | {"passes": ""})
     write_csv(out / "results.csv", rows)
     draw_results(out, world, base, model, schedule, T, args.seed, log)
-    print("\n" + markdown(rows) + f"\n\nresults, pictures and cogrpo.pt are in {out}/" if not args.load else
-          "\n" + markdown(rows) + f"\n\nresults and pictures are in {out}/")
+    print(f"\n{markdown(rows)}\n\nresults and pictures are in {out}/")
 
 
 def main(argv=None):

@@ -63,6 +63,12 @@ def test_every_step_keeps_what_the_ratio_says_and_the_last_keeps_all(steps):
     assert (tokens < model.vocab_size).all() and (tokens >= 0).all()
 
 
+def test_the_last_step_fills_all_whatever_the_ratio_says():
+    schedule = Schedule(hand_made=lambda u: (0.9, 1.0, 1.0, 1.0)).to(DEVICE, torch.float64)
+    tokens, trajectory = rollout(a_model(), schedule, conds(16), 2)
+    assert (trajectory[1].masked.sum(1) == 5).all() and (tokens != 5).all()
+
+
 def test_given_tokens_stay_and_the_ratio_counts_from_the_masked_ones():
     model, given = a_model(), torch.full((32, 6), 5, device=DEVICE)
     given[:, 1], given[:, 4] = 2, 0
@@ -230,6 +236,28 @@ def test_each_update_moves_its_own_factor_only(which, moves):
     one_update(model, schedule, a_model(), which, lr=0.1)
     assert tuple(any(not torch.equal(p, q) for p, q in zip(before, part.parameters()))
                  for before, part in zip(parts, (model, schedule))) == moves
+
+
+@pytest.mark.parametrize("likelihood", ["fill", "exact"])
+def test_phis_gradient_is_the_policy_gradient_and_stays_its_own(likelihood):
+    """-(1 / B T) sum A grad log N(A | mean, spread), by torch.distributions; and under `joint` either factor gets the
+    gradient that it would get alone."""
+    torch.manual_seed(5)
+    advantage, settings = torch.randn(48, dtype=torch.float64, device=DEVICE), dict(kl_schedule=0, likelihood=likelihood)
+    model, schedule = a_model(), a_schedule()
+    _, _, phi = one_update(model, schedule, a_model(), "schedule", advantage=advantage, **settings)
+    torch.manual_seed(3)
+    _, trajectory = rollout(model, schedule, conds(48), 3, likelihood=likelihood)
+    gain = 0
+    for step in trajectory:
+        statistics = cogrpo.canvas_statistics(model(step.canvas, conds(48)).detach(), step.masked)
+        log_p = torch.distributions.Normal(schedule(statistics, step.u), 0.3).log_prob(step.action)
+        gain += (advantage[:, None] * log_p * step.acts).sum() / (48 * 3)
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(-gain, list(schedule.parameters()))])
+    assert torch.allclose(phi, wanted, rtol=1e-9, atol=1e-12) and phi.norm() > 1e-3
+    _, theta, _ = one_update(a_model(), a_schedule(), a_model(), "model", advantage=advantage, **settings)
+    _, both_theta, both_phi = one_update(a_model(), a_schedule(), a_model(), advantage=advantage, **settings)
+    assert torch.allclose(both_phi, phi, rtol=1e-9, atol=1e-12) and torch.allclose(both_theta, theta, rtol=1e-9, atol=1e-12)
 
 
 def test_alternate_takes_turns():
