@@ -34,7 +34,6 @@ import csv
 import hashlib
 import inspect
 import math
-import os
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -521,7 +520,8 @@ def command_line(argv, world_settings):
     run.add_argument("--seed", type=int, default=0, help="of the world and all (0)")
     run.add_argument("--quick", action="store_true", help="every stage and file, but small: about a minute")
     run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure and draw it, no training")
-    run.add_argument("--eval-samples", type=int, metavar="N", help="samples that each row is measured on (1000)")
+    run.add_argument("--eval-samples", type=int, default=argparse.SUPPRESS, metavar="N",
+                     help="samples that each row is measured on (1000)")
     owners = {"Co-GRPO": Settings, "model and pretraining": ModelSettings, "toy world": world_settings}
     for title, owner in owners.items():
         group = parser.add_argument_group(title)
@@ -531,18 +531,15 @@ def command_line(argv, world_settings):
                                default=argparse.SUPPRESS, help=f.metadata["help"] + default,
                                metavar=None if f.metadata.get("choices") else f.type.__name__.upper())
     args = parser.parse_args(argv)
-    given = {name: value for name, value in vars(args).items() if any(name == f.name for o in owners.values()
-                                                                      for f in fields(o))}
-    quick = QUICK if args.quick else {}
-    if args.eval_samples is None:
-        args.eval_samples = quick.get("eval_samples", 1000)
+    given = {f.name: getattr(args, f.name) for o in owners.values() for f in fields(o) if hasattr(args, f.name)}
+    values = {"eval_samples": 1000, "rl_seed": args.seed} | (QUICK if args.quick else {}) | vars(args)
+    args.eval_samples = values["eval_samples"]
     if args.eval_samples < 100:
         raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
     if args.load and (idle := sorted(set(given) - {"steps"})):
         raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: must be 0 or more")
-    values = {"rl_seed": args.seed} | quick | given
     settings = [owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})
                 for owner in owners.values()]
     return args, *settings, given
@@ -709,44 +706,39 @@ def run(argv, progress):
     check_settings(world_settings)
     if settings.steps > toy.SEQ_LEN:
         raise ValueError(f"--steps {settings.steps}: T must be in 1..{toy.SEQ_LEN}, the number of tokens")
-    device = pick_device(args.device)
+    device, out, log = pick_device(args.device), writable_folder("--out", args.out), []
     torch.set_float32_matmul_precision("high")  # TF32 where the card has it
     if args.load:
         saved = load_checkpoint(args.load, device)
-        out = writable_folder("--out", args.out)
-        settings = replace(saved["settings"], **given)
-        world, base, model, schedule, log = (toy.World.from_state(saved["world"], device), saved["base"],
-                                             saved["model"], saved["schedule"], [])
         print(f"{args.load}: {saved['iterations']} iterations at T = {saved['settings'].steps}")
+        settings = replace(saved["settings"], **given)
+        world, base = toy.World.from_state(saved["world"], device), saved["base"]
     else:
-        out = writable_folder("--out", args.out)
         writable_folder("--cache", args.cache)
         world, base, mdm, facts = get_world(args, model_settings, world_settings, device)
         print(", ".join(f"{name} {value:.3f}" for name, value in facts.items()))
 
-    rows, T = [], settings.steps
-    for steps in dict.fromkeys((T, 16, 32)):
-        rows.append(evaluate(world, f"base T={steps}", base, Schedule().to(device), steps, args))
+    T = settings.steps
+    rows = [evaluate(world, f"base T={steps}", base, Schedule().to(device), steps, args)
+            for steps in dict.fromkeys((T, 16, 32))]
 
-    if not args.load:
-        log = []
+    def save(model, schedule):
+        write_csv(out / "log.csv", log)
+        save_checkpoint(out / "cogrpo.pt", settings=asdict(settings), mdm=mdm, model=model.state_dict(),
+                        base=base.state_dict(), schedule=schedule.state_dict(), world=world.state(), iterations=len(log))
+        progress["saved"] = f"iteration {len(log)} is saved: python cogrpo.py --load {out / 'cogrpo.pt'}"
 
-        def on_iteration(row, model, schedule, tokens, cond):
-            row["held_out"] = float(world.held_out(tokens, cond).mean())  # watched, never trained on
-            log.append(row)
-            if len(log) % 10 == 0 or len(log) == settings.iters:
-                save(model, schedule)
-
-        def save(model, schedule):
-            write_csv(out / "log.csv", log)
-            save_checkpoint(out / "cogrpo.pt", settings=asdict(settings), mdm=mdm, model=model.state_dict(),
-                            base=base.state_dict(), schedule=schedule.state_dict(), world=world.state(),
-                            iterations=len(log))
-            progress["saved"] = f"{out / 'cogrpo.pt'} holds iteration {len(log)}: python cogrpo.py --load {out / 'cogrpo.pt'}"
-
-        model, schedule, _ = train(base, world.reward, torch.arange(toy.CLASSES, device=device), settings, on_iteration)
-        if not log:
+    def on_iteration(row, model, schedule, tokens, cond):
+        row["held_out"] = float(world.held_out(tokens, cond).mean())  # watched, never trained on
+        log.append(row)
+        if len(log) % 10 == 0:
             save(model, schedule)
+
+    if args.load:
+        model, schedule = saved["model"], saved["schedule"]
+    else:
+        model, schedule, _ = train(base, world.reward, torch.arange(toy.CLASSES, device=device), settings, on_iteration)
+        save(model, schedule)
 
     rows.append(evaluate(world, f"Co-GRPO T={T}", model, schedule, T, args))
     rows.append({"name": "real digits"} | world.measure_real() | {"passes": ""})
