@@ -405,6 +405,27 @@ def test_the_fill_likelihood_misses_the_schedules_view_too():
     assert (estimate - true).norm() > 0.05 * true.norm()
 
 
+def test_the_rollout_has_the_law_that_is_enumerated():
+    """Chi-squared of 40,000 rollouts against every trajectory's probability: the Gumbel scale, the confidence before
+    tempering and the guidance all change this law."""
+    model, schedule = a_model(3, 3, 1, sharp=1.0).cpu(), Schedule(hand_made=lambda u: (0.7, 0.5, 2.0, 1.5)).double()
+    actions = torch.stack([schedule.prior(u, model.position) for u in (0.5, 1.0)])
+    probability, tokens, trajectory = every_trajectory(model, schedule, actions)
+    probability = (probability / probability.sum()).detach()  # p_phi of the draws is the same constant for all
+
+    def key(canvas, tokens):  # the canvas after one step, and the end
+        return (torch.cat([canvas, tokens], 1) * 4 ** torch.arange(6)).sum(1)
+    n = 40000
+    torch.manual_seed(0)
+    drawn, steps = rollout(model, schedule, torch.zeros(n, dtype=torch.long), 2, explore=False)
+    expected = torch.zeros(4 ** 6, dtype=torch.float64).index_add_(0, key(trajectory[1].canvas, tokens), n * probability)
+    observed = torch.bincount(key(steps[1].canvas, drawn), minlength=4 ** 6)
+    assert observed[expected == 0].sum() == 0 and expected.sum() == pytest.approx(n)
+    often = expected >= 5
+    chi2, freedom = ((observed - expected)[often].square() / expected[often]).sum(), int(often.sum()) - 1
+    assert freedom > 30 and chi2 < freedom + 4 * math.sqrt(2 * freedom)
+
+
 def test_exact_equals_fill_when_a_step_keeps_all():
     """At the last step nothing is ranked: the two likelihoods are the same numbers there, but for p_phi."""
     model, schedule, cond = a_model(), a_schedule(), conds(16)
