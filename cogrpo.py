@@ -68,16 +68,16 @@ class Settings:
     likelihood: str = setting("fill", "of the filled tokens (the paper), or with what was kept, too (ours)",
                               choices=("fill", "exact"))
     steps: int = setting(4, "T, decoding steps of a sample", low=1)
-    iters: int = setting(50, "iterations: one rollout and its update each", low=0)
+    iters: int = setting(60, "iterations: one rollout and its update each", low=0)
     groups: int = setting(10, "groups in a rollout; a group shares its condition", low=1)
     group_size: int = setting(12, "G, samples in a group", low=2)
     epochs: int = setting(1, "updates on each rollout", low=1)
-    lr: float = setting(2e-4, "learning rate of the model, theta", low=0)
-    schedule_lr: float = setting(1e-2, "learning rate of the schedule, phi", low=0)
+    lr: float = setting(1e-3, "learning rate of the model, theta, falling to 0", low=0)
+    schedule_lr: float = setting(5e-3, "learning rate of the schedule, phi, falling to 0", low=0)
     clip: float = setting(0.2, "a ratio outside [1 - clip, 1 + clip] gets no more gradient", low=0)
-    kl_model: float = setting(1.0, "weight of KL(model || pretrained), on l_c", low=0)
+    kl_model: float = setting(0.4, "weight of KL(model || pretrained), on l_c", low=0)
     kl_schedule: float = setting(0.1, "weight of KL(schedule || hand-made)", low=0)
-    bonus: float = setting(0.15, "weight of the advantage for differing from one's group (ours)", low=0)
+    bonus: float = setting(1.0, "advantage for differing from one's group, times the variety lost so far (ours)", low=0)
     grad_norm: float = setting(1.0, "each factor's gradient is clipped to this norm", low=0)
     spread: float = setting(0.3, "standard deviation of the schedule's exploration", low=1e-6)
     rl_seed: int = setting(None, "seed of Co-GRPO alone (default: --seed)")
@@ -450,12 +450,15 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
         tokens, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
         reward = check_reward(reward_fn(tokens, cond), len(cond))
         advantage = group_advantage(reward, s.group_size)
-        advantage += s.bonus * group_advantage(group_difference(tokens, s.group_size).to(reward), s.group_size)
+        difference = group_difference(tokens, s.group_size).to(reward)
+        at_start = float(difference.mean()) if i == 0 else at_start
+        lost = max(0.0, 1 - float(difference.mean()) / max(at_start, 1e-9))  # the share of the variety that is gone
+        advantage += s.bonus * lost * group_advantage(difference, s.group_size)
         row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, turns[i % len(turns)])
 
         groups = reward.view(-1, s.group_size)
         equal = groups.amax(1) == groups.amin(1)
-        row = {"iter": i, "reward": float(reward.mean()), "group_std": float(groups.std(1).mean()),
+        row = {"iter": i, "reward": float(reward.mean()), "variety_lost": lost, "group_std": float(groups.std(1).mean()),
                "groups_equal": float(equal.float().mean())} | row
         mean = torch.stack([step.mean for step in trajectory])
         acting = torch.stack([step.acts.any(0) for step in trajectory]).to(mean)  # [T, 4]
