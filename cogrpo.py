@@ -77,7 +77,7 @@ class Settings:
     clip: float = setting(0.2, "a ratio outside [1 - clip, 1 + clip] gets no more gradient", low=0)
     kl_model: float = setting(0.4, "weight of KL(model || pretrained), on l_c", low=0)
     kl_schedule: float = setting(0.1, "weight of KL(schedule || hand-made)", low=0)
-    bonus: float = setting(1.0, "advantage for differing from one's group, times the variety lost so far (ours)", low=0)
+    bonus: float = setting(1.0, "advantage for differing from the group, per variety lost (ours); 0: none", low=0)
     grad_norm: float = setting(1.0, "each factor's gradient is clipped to this norm", low=0)
     spread: float = setting(0.3, "standard deviation of the schedule's exploration", low=1e-6)
     rl_seed: int = setting(None, "seed of Co-GRPO alone (default: --seed)")
@@ -409,7 +409,8 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
                 loss_theta.backward(inputs=theta)
 
             with torch.no_grad():
-                for name, new, old, weight in (("model", log_theta, step.old_model, exists / exists.sum().clamp(min=1) / T),
+                per_factor = exists / exists.sum().clamp(min=1) / T
+                for name, new, old, weight in (("model", log_theta, step.old_model, per_factor),
                                                ("schedule", log_phi, step.old_schedule, 1 / (B * T))):
                     log_ratio = new - old
                     sums["approx_kl_" + name] += ((log_ratio.expm1() - log_ratio) * weight).sum()
@@ -444,27 +445,29 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
     bar = tqdm(range(s.iters), "Co-GRPO", unit="iter")
     for i in bar:
         for optimizer, lr in zip(optimizers, (s.lr, s.schedule_lr)):
-            optimizer.param_groups[0]["lr"] = lr * (1 - i / s.iters)  # falls to zero, or the last samples keep its noise
+            # Up for ten iterations, for Adam's first steps are mere signs; then down to zero, so that none leaves its noise.
+            optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / 10) * (1 - i / s.iters)
         cond = conds[torch.arange(i * s.groups, (i + 1) * s.groups, device=conds.device) % len(conds)]
         cond = cond.repeat_interleave(s.group_size)
         tokens, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
         reward = check_reward(reward_fn(tokens, cond), len(cond))
         advantage = group_advantage(reward, s.group_size)
+        # Reward alone narrows: the more of the groups' variety is gone, the more it counts to differ. (ours)
         difference = group_difference(tokens, s.group_size).to(reward)
         at_start = float(difference.mean()) if i == 0 else at_start
-        lost = max(0.0, 1 - float(difference.mean()) / max(at_start, 1e-9))  # the share of the variety that is gone
+        lost = max(0.0, 1 - float(difference.mean()) / max(at_start, 1e-9))
         advantage += s.bonus * lost * group_advantage(difference, s.group_size)
         row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, turns[i % len(turns)])
 
         groups = reward.view(-1, s.group_size)
         equal = groups.amax(1) == groups.amin(1)
-        row = {"iter": i, "reward": float(reward.mean()), "variety_lost": lost, "group_std": float(groups.std(1).mean()),
-               "groups_equal": float(equal.float().mean())} | row
+        row = {"iter": i, "reward": float(reward.mean()), "group_std": float(groups.std(1).mean()),
+               "groups_equal": float(equal.float().mean()), "variety_lost": lost} | row
         mean = torch.stack([step.mean for step in trajectory])
         acting = torch.stack([step.acts.any(0) for step in trajectory]).to(mean)  # [T, 4]
         acting /= acting.sum(0).clamp(min=1)
         row |= dict(zip(NAMES, (constrain(mean).mean(1) * acting).sum(0).tolist()))
-        moves = (mean.std(1) * acting).sum(0) / s.spread  # how far the mean goes with the canvas, in exploration spreads
+        moves = (mean.std(1) * acting).sum(0) / s.spread  # with the canvas, in units of the exploration
         row |= {name + "_over_canvases": value for name, value in zip(NAMES, moves.tolist())}
         log.append(row)
         if on_iteration:
@@ -728,7 +731,8 @@ def run(argv, progress):
     def save(model, schedule):
         write_csv(out / "log.csv", log)
         save_checkpoint(out / "cogrpo.pt", settings=asdict(settings), mdm=mdm, model=model.state_dict(),
-                        base=base.state_dict(), schedule=schedule.state_dict(), world=world.state(), iterations=len(log))
+                        base=base.state_dict(), schedule=schedule.state_dict(), world=world.state(),
+                        iterations=len(log))
         progress["saved"] = f"iteration {len(log)} is saved: python cogrpo.py --load {out / 'cogrpo.pt'}"
 
     def on_iteration(row, model, schedule, tokens, cond):

@@ -229,7 +229,8 @@ def test_kls_against_torch_distributions():
 
 # --------------------------------------------------------------------------------------------------------- the update
 
-@pytest.mark.parametrize("which, moves", [("joint", (True, True)), ("model", (True, False)), ("schedule", (False, True))])
+@pytest.mark.parametrize("which, moves", [("joint", (True, True)), ("model", (True, False)),
+                                          ("schedule", (False, True))])
 def test_each_update_moves_its_own_factor_only(which, moves):
     model, schedule = a_model(), a_schedule()
     parts = [[p.clone() for p in part.parameters()] for part in (model, schedule)]
@@ -243,7 +244,8 @@ def test_phis_gradient_is_the_policy_gradient_and_stays_its_own(likelihood):
     """-(1 / B T) sum A grad log N(A | mean, spread), by torch.distributions; and under `joint` either factor gets the
     gradient that it would get alone."""
     torch.manual_seed(5)
-    advantage, settings = torch.randn(48, dtype=torch.float64, device=DEVICE), dict(kl_schedule=0, likelihood=likelihood)
+    advantage = torch.randn(48, dtype=torch.float64, device=DEVICE)
+    settings = dict(kl_schedule=0, likelihood=likelihood)
     model, schedule = a_model(), a_schedule()
     _, _, phi = one_update(model, schedule, a_model(), "schedule", advantage=advantage, **settings)
     torch.manual_seed(3)
@@ -257,7 +259,8 @@ def test_phis_gradient_is_the_policy_gradient_and_stays_its_own(likelihood):
     assert torch.allclose(phi, wanted, rtol=1e-9, atol=1e-12) and phi.norm() > 1e-3
     _, theta, _ = one_update(a_model(), a_schedule(), a_model(), "model", advantage=advantage, **settings)
     _, both_theta, both_phi = one_update(a_model(), a_schedule(), a_model(), advantage=advantage, **settings)
-    assert torch.allclose(both_phi, phi, rtol=1e-9, atol=1e-12) and torch.allclose(both_theta, theta, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(both_phi, phi, rtol=1e-9, atol=1e-12)
+    assert torch.allclose(both_theta, theta, rtol=1e-9, atol=1e-12)
 
 
 def test_alternate_takes_turns():
@@ -418,7 +421,8 @@ def test_the_rollout_has_the_law_that_is_enumerated():
     n = 40000
     torch.manual_seed(0)
     drawn, steps = rollout(model, schedule, torch.zeros(n, dtype=torch.long), 2, explore=False)
-    expected = torch.zeros(4 ** 6, dtype=torch.float64).index_add_(0, key(trajectory[1].canvas, tokens), n * probability)
+    cells = torch.zeros(4 ** 6, dtype=torch.float64)
+    expected = cells.index_add(0, key(trajectory[1].canvas, tokens), n * probability)
     observed = torch.bincount(key(steps[1].canvas, drawn), minlength=4 ** 6)
     assert observed[expected == 0].sum() == 0 and expected.sum() == pytest.approx(n)
     often = expected >= 5
@@ -458,7 +462,7 @@ def test_the_codebook_gives_the_nearest_patch():
 
 
 def test_frechet_distance_against_the_closed_form():
-    """Diagonal Gaussians: |m - n|^2 + sum (sqrt a - sqrt b)^2. And it is symmetric where the square roots do not commute."""
+    """Diagonal Gaussians: |m - n|^2 + sum (sqrt a - sqrt b)^2; symmetric, too, where the roots do not commute."""
     torch.manual_seed(0)
     white = torch.randn(4000, 3, dtype=torch.float64)
     white = (white - white.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(white.T))).T
@@ -493,7 +497,7 @@ def test_the_judges_tell_digits_from_splices_and_share_no_training_digit(world, 
     real, spliced = world.measure_real(), world.measure_splices()
     assert min(real["reward"], real["held_out"]) > 0.45 > 0.35 > spliced and real["accuracy"] > 0.9
     seen = []
-    monkeypatch.setattr(toy, "train_judge", lambda width, tokens, labels, *rest: seen.append(labels) or toy.Judge(width))
+    monkeypatch.setattr(toy, "train_judge", lambda width, _, labels, *rest: seen.append(labels) or toy.Judge(width))
     images = torch.randint(256, (400, 28, 28), dtype=torch.uint8)
     toy.World.build((images, torch.arange(400)), (images[:50], torch.arange(50) % 10), toy.WorldSettings())
     assert len(seen[0]) == len(seen[1]) == 200 and not set(seen[0].tolist()) & set(seen[1].tolist())
@@ -595,7 +599,7 @@ def test_interrupting_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("flags, words", [
     (["--steps=0"], "--steps 0"), (["--steps=50"], "1..49"), (["--group-size=1"], "--group-size 1"),
     (["--lr=nan"], "--lr nan"), (["--update=both"], "--update"), (["--data=empty"], "--data empty: no MNIST"),
-    (["--data=broken"], "train-\\*"), (["--out=file/x"], "--out file/x"), (["--load=file"], "--load file: not a cogrpo"),
+    (["--data=broken"], "train-\\*"), (["--out=file/x"], "--out file/x"), (["--load=file"], "--load file: not a"),
     (["--load=none.pt"], "--load none.pt: no such"), (["--load=file", "--lr=1"], "--lr"), (["--dim=30"], "--heads"),
     (["--frobnicate"], "--frobnicate"), (["--eval-samples=3"], "--eval-samples 3")]
     + ([] if torch.cuda.is_available() else [(["--device=cuda"], "--device cuda")]))

@@ -357,7 +357,8 @@ class World:
         """The same figures for the test digits themselves: one half against the other."""
         first, second = (torch.arange(len(self.test_tokens)) % 2 == i for i in (0, 1))
         row = self.measure(self.test_tokens, self.test_labels)
-        halves = self.measure(self.test_tokens[first], self.test_labels[first], self._features(self.test_tokens[second]))
+        other = self._features(self.test_tokens[second])
+        halves = self.measure(self.test_tokens[first], self.test_labels[first], other)
         return row | {name: halves[name] for name in ("frechet", "pixel_frechet")}
 
     def measure_splices(self):
@@ -387,7 +388,8 @@ def _canvas_picture(tokens, codebook, columns, scale=2):
     """One picture of canvases int64 [N, 49], `columns` in a row; [MASK] (any token past the codebook) is blue."""
     hidden = tokens >= len(codebook)
     images = decode(tokens.masked_fill(hidden, 0), codebook).clamp(0, 1)[:, None].repeat(1, 3, 1, 1)
-    where = decode(hidden.long(), torch.tensor([0.0, 1.0], device=tokens.device)[:, None].expand(2, PATCH ** 2))[:, None]
+    solid = torch.tensor([0.0, 1.0], device=tokens.device)[:, None].expand(2, PATCH ** 2)
+    where = decode(hidden.long(), solid)[:, None]
     colour = torch.tensor(HIDDEN, device=tokens.device)[None, :, None, None] / 255
     grid = make_grid(torch.where(where > 0, colour, images).cpu(), nrow=columns, padding=2, pad_value=1.0)
     picture = Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy())
@@ -472,7 +474,7 @@ def _panel(title, lines, bands=(), xlabel="", width=420, height=260):
         if len(x) <= 40 and not dashed:
             for px, py in points:
                 draw.ellipse([px - 3 * big, py - 3 * big, px + 3 * big, py + 3 * big], colour)
-        _text(draw, (left + 8 * big + 90 * big * i, bottom + 22 * big), label, 12 * big, colour)
+        _text(draw, (left + 80 * big * i, bottom + 22 * big), label, 12 * big, colour)
     draw.line([left, top, left, bottom, right, bottom], GREY, big)
     _text(draw, (left, 8 * big), title, 14 * big)
     _text(draw, (right, bottom + 22 * big), xlabel, 11 * big, GREY, "ra")
