@@ -445,8 +445,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
     bar = tqdm(range(s.iters), "Co-GRPO", unit="iter")
     for i in bar:
         for optimizer, lr in zip(optimizers, (s.lr, s.schedule_lr)):
-            # Up for ten iterations, for Adam's first steps are mere signs; then down to zero, so that none leaves its noise.
-            optimizer.param_groups[0]["lr"] = lr * min(1, (i + 1) / 10) * (1 - i / s.iters)
+            optimizer.param_groups[0]["lr"] = lr * (1 - i / s.iters)  # to zero: the result keeps no step's noise
         cond = conds[torch.arange(i * s.groups, (i + 1) * s.groups, device=conds.device) % len(conds)]
         cond = cond.repeat_interleave(s.group_size)
         tokens, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
