@@ -227,6 +227,17 @@ def test_kls_against_torch_distributions():
     assert (row["kl_model"], row["kl_schedule"]) == (pytest.approx(kl_model, 1e-9), pytest.approx(kl_schedule, 1e-9))
 
 
+def test_the_models_kl_leaves_the_unconditional_branch_free():
+    """The leash is on l_c alone (cheap: B rows): a drift of l_u moves what is drawn and costs nothing. Know it."""
+    model, schedule, reference = a_model(), Schedule().to(DEVICE, torch.float64), a_model()
+    with torch.no_grad():
+        model.cond.weight[model.null_cond] += torch.randn(16, dtype=torch.float64, device=DEVICE)
+    row, _, _ = one_update(model, schedule, reference)
+    canvas, w = torch.full((1, 6), model.mask_id, device=DEVICE), torch.ones(1, device=DEVICE)
+    now, then = (cogrpo.guided_logits(*cogrpo.branches(m, canvas, conds(1)), w) for m in (model, reference))
+    assert row["kl_model"] == pytest.approx(0, abs=1e-12) and (now - then).abs().max() > 0.1
+
+
 # --------------------------------------------------------------------------------------------------------- the update
 
 @pytest.mark.parametrize("which, moves", [("joint", (True, True)), ("model", (True, False)),
@@ -406,6 +417,23 @@ def test_the_fill_likelihood_misses_the_schedules_view_too():
     """At a tau_r where ranking is pure noise what is left of the bias is p_phi's: its statistics depend on theta."""
     true, estimate = gradients(0, 2, "fill", 2, tau_r=100.0)
     assert (estimate - true).norm() > 0.05 * true.norm()
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_the_ranking_factor_is_a_distribution_over_orders(kept):
+    """Plackett-Luce: for given candidates the probabilities of all orders of the kept ones sum to one."""
+    model, schedule = a_model(4, 3, 1), a_schedule()
+    orders = [list(o) + [i for i in range(4) if i not in o] for o in itertools.permutations(range(4), kept)]
+    order, n = torch.tensor(orders, device=DEVICE), len(orders)
+    canvas = torch.full((n, 4), model.mask_id, device=DEVICE)
+    masked = torch.ones_like(canvas, dtype=torch.bool)
+    filled = torch.zeros_like(masked).scatter(1, order[:, :kept], True)
+    action = torch.tensor([[0.0, 0.3, -0.5, 0.2]], dtype=torch.float64, device=DEVICE).expand(n, 4)
+    step = Step(0.5, canvas, masked, masked, None, action, torch.tensor([[2, 0, 1, 1]]).to(canvas).expand(n, 4), order,
+                filled)
+    branches = cogrpo.branches(model, canvas, torch.zeros_like(canvas[:, 0]))
+    log_p, exists, _, _ = log_prob(schedule, *branches, step, "exact")
+    assert exists[:, 4:8].sum() == n * kept and log_p[:, 4:8].sum(1).exp().sum().item() == pytest.approx(1, abs=1e-12)
 
 
 def test_the_rollout_has_the_law_that_is_enumerated():
