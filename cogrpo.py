@@ -21,8 +21,8 @@ gradients through the generation, and which tokens were KEPT as part of the like
 `--likelihood fill`. The likelihood that has it is `--likelihood exact` (ours).
 
     python cogrpo.py                  the whole pipeline on MNIST: pretrain, measure, Co-GRPO, measure, draw
-    python cogrpo.py --quick          the same, small
-    python cogrpo.py --load out/cogrpo.pt --steps 8       measure and draw a result, at another T
+    python cogrpo.py --quick          the same, small: a smoke test
+    python cogrpo.py --load out/cogrpo.pt --steps 8       measure and draw a result at another T, in out/T8
 
 As a library: `pretrain`, `train`, `sample`. A model is anything with `model(tokens int64 [B, L], cond int64 [B]) ->
 logits [B, L, V]` (V tokens, never [MASK]) and the attributes seq_len, vocab_size, mask_id, null_cond (None: no
@@ -65,17 +65,17 @@ class Settings:
     """Co-GRPO's settings; each is a flag of the command line too."""
     update: str = setting("joint", "what learns: both at once, in turns (the paper), or one alone",
                           choices=("joint", "alternate", "model", "schedule"))
-    likelihood: str = setting("fill", "of the filled tokens (the paper), or with what was kept, too (ours)",
+    likelihood: str = setting("fill", "what the model is scored on: filled tokens (the paper), or all it decided (ours)",
                               choices=("fill", "exact"))
     steps: int = setting(4, "T, decoding steps of a sample", low=1)
     iters: int = setting(60, "iterations: one rollout and its update each", low=0)
     groups: int = setting(10, "groups in a rollout; a group shares its condition", low=1)
     group_size: int = setting(12, "G, samples in a group", low=2)
     epochs: int = setting(1, "updates on each rollout", low=1)
-    lr: float = setting(1e-3, "learning rate of the model, theta, falling to 0", low=0)
-    schedule_lr: float = setting(5e-3, "learning rate of the schedule, phi, falling to 0", low=0)
-    clip: float = setting(0.2, "a ratio outside [1 - clip, 1 + clip] gets no more gradient", low=0)
-    kl_model: float = setting(0.4, "weight of KL(model || pretrained), on l_c", low=0)
+    lr: float = setting(1e-3, "peak learning rate of the model (theta), falling to 0", low=0)
+    schedule_lr: float = setting(5e-3, "peak learning rate of the schedule (phi), falling to 0", low=0)
+    clip: float = setting(0.2, "PPO: no credit for moving a ratio out of [1 - clip, 1 + clip]", low=0)
+    kl_model: float = setting(0.4, "weight of KL(model || pretrained), on the conditional logits", low=0)
     kl_schedule: float = setting(0.1, "weight of KL(schedule || hand-made)", low=0)
     bonus: float = setting(1.0, "advantage for differing from the group, per variety lost (ours); 0: none", low=0)
     grad_norm: float = setting(1.0, "each factor's gradient is clipped to this norm", low=0)
@@ -294,7 +294,8 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         logits = guided_logits(l_c, l_u, w)
         candidate = (logits / tau_s[:, None, None] + gumbel_like(logits)).argmax(2)
 
-        # Keep the most confident, by log-confidence (guided, un-tempered) + tau_r * Gumbel noise; mask the rest again.
+        # Keep the most confident, by log-confidence (guided, un-tempered) + tau_r * Gumbel noise; mask the rest again,
+        # but fill one at least. (Where nothing is masked `left` is -1 and the one is a given token: `& masked`.)
         confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
         noisy = confidence + tau_r[:, None] * gumbel_like(confidence)
         order = noisy.masked_fill(~masked, -math.inf).argsort(1, descending=True)
@@ -344,8 +345,7 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
     exact  K = 2L + 1 (ours): every candidate, the thrown-away too; the order of the kept ones, for the top k of
            score + tau_r * Gumbel is a Plackett-Luce draw; and p_phi, whose statistics are functions of theta.
     """
-    statistics = canvas_statistics(l_c, step.masked)
-    mean = schedule(statistics if likelihood == "exact" else statistics.detach(), step.u)
+    mean = schedule(canvas_statistics(l_c if likelihood == "exact" else l_c.detach(), step.masked), step.u)
     log_phi = schedule.log_prob(mean, step.action, step.acts)
 
     _, tau_s, tau_r, w = constrain(step.action).unbind(1)
@@ -355,6 +355,7 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
         return token * step.filled, step.filled, log_phi, mean
 
     confidence = logits.log_softmax(2).gather(2, step.candidate[:, :, None])[:, :, 0]
+    # From here in the order of keeping. -1e9, not -inf: a gradient through -inf - -inf would be NaN.
     score = (confidence / tau_r[:, None]).masked_fill(~step.masked, -1e9).gather(1, step.order)
     among = score.flip(1).logcumsumexp(1).flip(1)  # the k-th kept was chosen among itself and all after it
     choice = (step.filled != step.masked).any(1, keepdim=True)  # a step that keeps all has nothing to rank
@@ -425,10 +426,11 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
     return {name: float(value) for name, value in sums.items()}
 
 
-def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
+def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, schedule=None):
     """Co-GRPO: rollout, advantage, update, `settings.iters` times. Returns (model, schedule, log).
 
-    model: pretrained; it is left as it is, serves as the KLs' reference, and a trained copy is returned.
+    model: pretrained; it is put in eval mode and else left as it is, serves as the KL's reference; a trained copy is
+    returned. schedule: a Schedule to start from, say one around other hand-made functions (default: a new one).
     reward_fn(tokens int64 [B, L], cond int64 [B]) -> float [B]. conds int64 [C]: the groups' conditions, taken in turn.
     on_iteration(row, model, schedule, tokens, cond) sees every iteration and may add to its row of the log.
     log: one dict of floats an iteration. ValueError where the reward has the wrong shape or is not finite.
@@ -438,23 +440,27 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
         torch.manual_seed(s.rl_seed)
     reference, model = model.eval(), copy.deepcopy(model).eval().requires_grad_(True)
     weights = next(model.parameters())
-    schedule = Schedule(s.spread).to(weights)
+    schedule = copy.deepcopy(schedule) if schedule else Schedule(s.spread)
+    schedule.to(weights.device, torch.promote_types(weights.dtype, torch.float32))
     optimizers = (torch.optim.AdamW(model.parameters(), s.lr, weight_decay=0, fused=weights.is_cuda),
                   torch.optim.Adam(schedule.parameters(), s.schedule_lr))
-    log, turns = [], {"alternate": ("model", "schedule")}.get(s.update, (s.update,))
+    log, variety = [], {}  # variety: each condition's, when it was first seen
+    turns = ("model", "schedule") if s.update == "alternate" else (s.update,)
     bar = tqdm(range(s.iters), "Co-GRPO", unit="iter")
     for i in bar:
         for optimizer, lr in zip(optimizers, (s.lr, s.schedule_lr)):
             optimizer.param_groups[0]["lr"] = lr * (1 - i / s.iters)  # to zero: the result keeps no step's noise
-        cond = conds[torch.arange(i * s.groups, (i + 1) * s.groups, device=conds.device) % len(conds)]
+        first = i // len(turns) * s.groups  # theta and phi take their turns on the same conditions
+        cond = conds[torch.arange(first, first + s.groups, device=conds.device) % len(conds)]
         cond = cond.repeat_interleave(s.group_size)
         tokens, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
         reward = check_reward(reward_fn(tokens, cond), len(cond))
         advantage = group_advantage(reward, s.group_size)
         # Reward alone narrows: the more of the groups' variety is gone, the more it counts to differ. (ours)
         difference = group_difference(tokens, s.group_size).to(reward)
-        at_start = float(difference.mean()) if i == 0 else at_start
-        lost = max(0.0, 1 - float(difference.mean()) / max(at_start, 1e-9))
+        now = difference.view(-1, s.group_size).mean(1).tolist()
+        then = [variety.setdefault(c, d) for c, d in zip(cond[::s.group_size].tolist(), now)]
+        lost = max(0.0, 1 - sum(now) / max(sum(then), 1e-9))
         advantage += s.bonus * lost * group_advantage(difference, s.group_size)
         row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, turns[i % len(turns)])
 
@@ -468,6 +474,9 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None):
         row |= dict(zip(NAMES, (constrain(mean).mean(1) * acting).sum(0).tolist()))
         moves = (mean.std(1) * acting).sum(0) / s.spread  # with the canvas, in units of the exploration
         row |= {name + "_over_canvases": value for name, value in zip(NAMES, moves.tolist())}
+        if not all(map(math.isfinite, row.values())):
+            raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: the update left the finite numbers in "
+                             f"iteration {i}; lower them")
         log.append(row)
         if on_iteration:
             on_iteration(row, model, schedule, tokens, cond)
@@ -492,9 +501,9 @@ def check_reward(reward, batch):
 @dataclass
 class ModelSettings:
     """The MDM of the toy world and its pretraining."""
-    dim: int = setting(96, "width of the transformer", low=1)
-    depth: int = setting(3, "its blocks", low=1)
-    heads: int = setting(4, "attention heads", low=1)
+    dim: int = setting(96, "width of the model, a transformer", low=1)
+    depth: int = setting(3, "blocks of the model", low=1)
+    heads: int = setting(4, "attention heads of the model", low=1)
     pretrain_steps: int = setting(1200, "steps of single-step masked prediction", low=1)
     pretrain_batch: int = setting(128, "digits in a step", low=1)
     pretrain_lr: float = setting(2e-3, "peak learning rate, one cycle", low=0)
@@ -519,11 +528,12 @@ def command_line(argv, world_settings):
     run = parser.add_argument_group("run")
     run.add_argument("--data", metavar="DIR|drawn", help="folder with MNIST (torchvision's layout), or digits that "
                      "Pillow draws; default: ./data, else download, else drawn")
-    run.add_argument("--out", default="out", metavar="DIR", help="where results go (default: out)")
+    run.add_argument("--out", metavar="DIR", help="where results go (default: out; with --load: a folder T... beside it)")
     run.add_argument("--cache", default="cache", metavar="DIR", help="where worlds are kept for next time (cache)")
-    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="(auto)")
-    run.add_argument("--seed", type=int, default=0, help="of the world and all (0)")
-    run.add_argument("--quick", action="store_true", help="every stage and file, but small: about a minute")
+    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+                     help="where to compute (auto: the first there is of cuda, mps, cpu)")
+    run.add_argument("--seed", type=int, default=0, help="of data split, judges, pretraining, everything (0)")
+    run.add_argument("--quick", action="store_true", help="every stage and file, but small: a smoke test of about a minute")
     run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure and draw it, no training")
     run.add_argument("--eval-samples", type=int, default=argparse.SUPPRESS, metavar="N",
                      help="samples that each row is measured on (1000)")
@@ -541,10 +551,10 @@ def command_line(argv, world_settings):
     args.eval_samples = values["eval_samples"]
     if args.eval_samples < 100:
         raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
-    if args.load and (idle := sorted(set(given) - {"steps"})):
+    if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + ["quick"] * args.quick):
         raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: must be 0 or more")
+    if not 0 <= args.seed < 2 ** 32:
+        raise ValueError(f"--seed {args.seed}: must be in 0..2^32 - 1")
     settings = [owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})
                 for owner in owners.values()]
     return args, *settings, given
@@ -597,7 +607,8 @@ def load_checkpoint(path, device="cpu"):
     except FileNotFoundError:
         raise ValueError(f"--load {path}: no such file; a run writes cogrpo.pt into its --out folder") from None
     except Exception as error:  # torch.load's errors are of many kinds and have one cure
-        raise ValueError(f"--load {path}: not a cogrpo.pt of this program ({type(error).__name__}); "
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
+        raise ValueError(f"--load {path}: not a cogrpo.pt of this program ({reason}); "
                          "give the file that a run wrote into its --out folder") from None
     return content | models | {"schedule": schedule, "settings": settings}
 
@@ -635,13 +646,13 @@ def get_world(args, model_settings, world_settings, device):
 
 def evaluate(world, name, model, schedule, steps, args):
     """One row of the table: `--eval-samples` samples, the same classes and seed for every row."""
+    import toy_reward
     device = next(model.parameters()).device
     torch.manual_seed(args.seed)
-    cond = torch.arange(args.eval_samples, device=device) % (model.null_cond)
+    cond = torch.arange(args.eval_samples, device=device) % toy_reward.CLASSES
     tokens = torch.cat([sample(model, schedule, c, steps)
                         for c in tqdm(cond.split(250), f"measuring {name}", unit="batch")])
-    passes = steps * (1 if model.null_cond is None else 2)
-    return {"name": name} | world.measure(tokens, cond) | {"passes": passes}
+    return {"name": name} | world.measure(tokens, cond) | {"passes": 2 * steps}  # l_c and l_u
 
 
 def markdown(rows):
@@ -670,9 +681,8 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
     import toy_reward as toy
     device = next(model.parameters()).device
     cond = torch.arange(50, device=device) % toy.CLASSES
-    ours = Schedule(schedule.spread).to(device)
     runs, captions = [], (f"before: hand-made schedule, T = {steps}", f"after Co-GRPO, T = {steps}")
-    for m, p in ((base, ours), (model, schedule)):
+    for m, p in ((base, Schedule().to(device)), (model, schedule)):
         torch.manual_seed(seed)
         runs.append(rollout(m, p, cond, steps, explore=False))
     real = torch.stack([world.test_tokens[world.test_labels == c][:4] for c in range(toy.CLASSES)], 1).flatten(0, 1)
@@ -711,14 +721,16 @@ def run(argv, progress):
     check_settings(world_settings)
     if settings.steps > toy.SEQ_LEN:
         raise ValueError(f"--steps {settings.steps}: T must be in 1..{toy.SEQ_LEN}, the number of tokens")
-    device, out, log = pick_device(args.device), writable_folder("--out", args.out), []
+    device, log = pick_device(args.device), []
     torch.set_float32_matmul_precision("high")  # TF32 where the card has it
     if args.load:
         saved = load_checkpoint(args.load, device)
         print(f"{args.load}: {saved['iterations']} iterations at T = {saved['settings'].steps}")
         settings = replace(saved["settings"], **given)
+        out = writable_folder("--out", args.out or Path(args.load).parent / f"T{settings.steps}")
         world, base = toy.World.from_state(saved["world"], device), saved["base"]
     else:
+        out = writable_folder("--out", args.out or "out")
         writable_folder("--cache", args.cache)
         world, base, mdm, facts = get_world(args, model_settings, world_settings, device)
         print(", ".join(f"{name} {value:.3f}" for name, value in facts.items()))
@@ -758,6 +770,8 @@ def main(argv=None):
     try:
         run(argv, progress)
     except ValueError as error:
+        if not str(error).startswith(("--", "reward_fn")):
+            raise  # no flag is named: a bug, and a bug shows its traceback
         stop(error)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {progress.get('saved', 'no checkpoint was written yet')}", file=sys.stderr)

@@ -576,6 +576,19 @@ def test_a_wrong_reward_is_refused(reward, word):
         train(a_model(), reward, conds(3), Settings(iters=1, steps=2))
 
 
+def test_a_diverging_update_is_stopped():
+    with pytest.raises(ValueError, match="--lr 1e"):
+        train(a_model(dtype=torch.float32), lambda x, c: torch.rand(len(x)), conds(3), Settings(lr=1e30, iters=3, steps=2))
+
+
+def test_alternating_updates_see_every_condition():
+    """theta and phi take turns: if the conditions moved on at every iteration, each would only ever see half of them."""
+    seen = {0: set(), 1: set()}
+    train(a_model(), lambda x, c: torch.rand(len(x)), conds(4, 4), Settings(update="alternate", iters=4, groups=2, steps=2),
+          lambda row, model, schedule, tokens, cond: seen[row["iter"] % 2].update(cond.tolist()))
+    assert seen == {0: {0, 1, 2, 3}, 1: {0, 1, 2, 3}}
+
+
 def test_T_outside_the_sequence_is_refused():
     with pytest.raises(ValueError, match="1..6"):
         sample(a_model(), a_schedule(), conds(2), 7)
@@ -629,7 +642,8 @@ def test_interrupting_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     (["--lr=nan"], "--lr nan"), (["--update=both"], "--update"), (["--data=empty"], "--data empty: no MNIST"),
     (["--data=broken"], "train-\\*"), (["--out=file/x"], "--out file/x"), (["--load=file"], "--load file: not a"),
     (["--load=none.pt"], "--load none.pt: no such"), (["--load=file", "--lr=1"], "--lr"), (["--dim=30"], "--heads"),
-    (["--frobnicate"], "--frobnicate"), (["--eval-samples=3"], "--eval-samples 3")]
+    (["--frobnicate"], "--frobnicate"), (["--seed=-1"], "--seed -1"),
+    (["--load=file", "--quick"], "--quick"), (["--eval-samples=3"], "--eval-samples 3")]
     + ([] if torch.cuda.is_available() else [(["--device=cuda"], "--device cuda")]))
 def test_bad_input_ends_in_one_line_and_status_2(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -641,7 +655,7 @@ def test_bad_input_ends_in_one_line_and_status_2(flags, words, tmp_path, capsys,
         header = (b"\0\0\x08\x03\0\0\0\x0a" + b"\0\0\0\x1c" * 2) if "images" in name else b"\0\0\x08\x01\0\0\0\x0a"
         (raw / f"{name}-ubyte").write_bytes(header + b"\0\0\0")  # says ten, holds none
     with pytest.raises(SystemExit) as stopped:
-        cogrpo.main((["--data=drawn"] if not any("data" in f for f in flags) else []) + flags)
+        cogrpo.main((["--data=drawn"] if not any("data" in f or "load" in f for f in flags) else []) + flags)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and re.search(words, error), error
 
@@ -653,9 +667,9 @@ def test_a_download_that_hangs_gives_way_to_drawn_digits(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(toy.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{silent.getsockname()[1]}/"])
         monkeypatch.setattr(toy, "DOWNLOAD_TIMEOUT", 0.3)
-        settings = toy.WorldSettings(train_images=200, test_images=200)
+        settings = toy.WorldSettings(train_images=256, test_images=200)
         (images, _), _, source, _ = toy.load_digits(None, settings, 0)
-    assert images.shape == (200, 28, 28) and "nothing came for 0.3 s" in source and "--data" in source
+    assert images.shape == (256, 28, 28) and "nothing came for 0.3 s" in source and "--data" in source
     assert [f.name for f in tmp_path.iterdir()] == ["data"]
 
 

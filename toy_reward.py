@@ -45,7 +45,7 @@ def _setting(default, comment, low=1):
 class WorldSettings:
     """What the toy world depends on, beside the data and the seed."""
     codebook_size: int = _setting(128, "K: patches in the codebook, so tokens in the vocabulary", low=2)
-    train_images: int = _setting(60000, "digits to learn from, at most (two halves, one for each judge)", low=200)
+    train_images: int = _setting(60000, "digits to learn from, at most; each judge sees one half", low=256)
     test_images: int = _setting(10000, "digits to measure against, at most", low=200)
     judge_epochs: int = _setting(2, "epochs of each judge")
 
@@ -107,7 +107,7 @@ def _download(root):
         try:
             datasets.MNIST(part, train=True, download=True)
         except Exception as error:  # any failure here has the same cure: drawn digits
-            problem.append(str(error).splitlines()[0][:80])
+            problem.append(" ".join(str(error).split())[:120])
 
     # A thread, because a name look-up that hangs obeys no socket timeout; a daemon, so that it holds nothing up.
     thread = threading.Thread(target=work, daemon=True)
@@ -170,7 +170,7 @@ def patches(images):
 
 def fit_codebook(images, size, rounds=15, sample=60000):
     """k-means (Lloyd) on random patches of images float [N, 28, 28]; returns the codebook [size, 16]."""
-    picked = images[torch.randint(len(images), (max(1, sample // SEQ_LEN * 4),))]
+    picked = images[torch.randint(len(images), (4 * sample // SEQ_LEN,))]
     flat = patches(picked).flatten(0, 1)
     flat = flat[torch.randperm(len(flat))[:sample].to(flat.device)]
     distinct = flat.unique(dim=0)  # most patches are the same black one: start from different ones
@@ -286,7 +286,7 @@ class World:
     Build one with `World.build`; `state` and `World.from_state` carry it through a file (tensors and numbers only).
     """
 
-    def __init__(self, codebook, reward_judge, held_out_judge, test_tokens, test_labels, scores=None):
+    def __init__(self, codebook, reward_judge, held_out_judge, test_tokens, test_labels):
         self.codebook, self.judge, self.held_out_judge = codebook, reward_judge, held_out_judge
         self.test_tokens, self.test_labels = test_tokens, test_labels
         pixels = decode(test_tokens, codebook).flatten(1)
@@ -354,7 +354,7 @@ class World:
         return row | {"diversity": diversity(tokens, cond)}
 
     def measure_real(self):
-        """The same figures for the test digits themselves: one half against the other."""
+        """The same figures for the test digits themselves; the two distances are of one half to the other."""
         first, second = (torch.arange(len(self.test_tokens)) % 2 == i for i in (0, 1))
         row = self.measure(self.test_tokens, self.test_labels)
         other = self._features(self.test_tokens[second])
@@ -443,7 +443,7 @@ def _panel(title, lines, bands=(), xlabel="", width=420, height=260):
     xs = [x for line in lines for x in line[1]]
     ys = [y for line in lines for y in line[2]] + [y for band in bands for side in band[1:3] for y in side]
     low, high = (min(ys), max(ys)) if ys else (0, 1)
-    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    room = max(0.08 * (high - low), 0.02 * abs(high)) or 1.0  # a flat line is drawn flat
     low, high = low - room, high + room
     x0, x1 = (min(xs), max(xs)) if xs else (0, 1)
 
