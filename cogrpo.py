@@ -65,7 +65,7 @@ class Settings:
     """Co-GRPO's settings; each is a flag of the command line too."""
     update: str = setting("joint", "what learns: both at once, in turns (the paper), or one alone",
                           choices=("joint", "alternate", "model", "schedule"))
-    likelihood: str = setting("fill", "what the model is scored on: filled tokens (the paper), or all it decided (ours)",
+    likelihood: str = setting("fill", "the model's: of the filled tokens (the paper), or of all it decided (ours)",
                               choices=("fill", "exact"))
     steps: int = setting(4, "T, decoding steps of a sample", low=1)
     iters: int = setting(60, "iterations: one rollout and its update each", low=0)
@@ -528,12 +528,12 @@ def command_line(argv, world_settings):
     run = parser.add_argument_group("run")
     run.add_argument("--data", metavar="DIR|drawn", help="folder with MNIST (torchvision's layout), or digits that "
                      "Pillow draws; default: ./data, else download, else drawn")
-    run.add_argument("--out", metavar="DIR", help="where results go (default: out; with --load: a folder T... beside it)")
+    run.add_argument("--out", metavar="DIR", help="where results go (out; with --load: a folder T<steps> beside FILE)")
     run.add_argument("--cache", default="cache", metavar="DIR", help="where worlds are kept for next time (cache)")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                     help="where to compute (auto: the first there is of cuda, mps, cpu)")
+                     help="where to compute (auto: cuda, else mps, else cpu)")
     run.add_argument("--seed", type=int, default=0, help="of data split, judges, pretraining, everything (0)")
-    run.add_argument("--quick", action="store_true", help="every stage and file, but small: a smoke test of about a minute")
+    run.add_argument("--quick", action="store_true", help="every stage and file, but small: a smoke test")
     run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure and draw it, no training")
     run.add_argument("--eval-samples", type=int, default=argparse.SUPPRESS, metavar="N",
                      help="samples that each row is measured on (1000)")

@@ -578,13 +578,13 @@ def test_a_wrong_reward_is_refused(reward, word):
 
 def test_a_diverging_update_is_stopped():
     with pytest.raises(ValueError, match="--lr 1e"):
-        train(a_model(dtype=torch.float32), lambda x, c: torch.rand(len(x)), conds(3), Settings(lr=1e30, iters=3, steps=2))
+        train(a_model(dtype=torch.float32), lambda x, c: torch.rand(len(x)), conds(3), Settings(lr=1e30, steps=2))
 
 
 def test_alternating_updates_see_every_condition():
-    """theta and phi take turns: if the conditions moved on at every iteration, each would only ever see half of them."""
-    seen = {0: set(), 1: set()}
-    train(a_model(), lambda x, c: torch.rand(len(x)), conds(4, 4), Settings(update="alternate", iters=4, groups=2, steps=2),
+    """theta and phi take turns: if the conditions moved on at every iteration, each would only see half of them."""
+    seen, settings = {0: set(), 1: set()}, Settings(update="alternate", iters=4, groups=2, steps=2)
+    train(a_model(), lambda x, c: torch.rand(len(x)), conds(4, 4), settings,
           lambda row, model, schedule, tokens, cond: seen[row["iter"] % 2].update(cond.tolist()))
     assert seen == {0: {0, 1, 2, 3}, 1: {0, 1, 2, 3}}
 

@@ -341,7 +341,7 @@ class World:
         return self.held_out_judge.features(images), images.flatten(1) @ self.components
 
     @torch.no_grad()
-    def measure(self, tokens, cond, real=None):
+    def measure(self, tokens, cond):
         """All figures of a set of samples against the test digits, as a dict; the `_se` are standard errors over
         samples. tokens int64 [N, 49], cond int64 [N]."""
         probability = self.reward(tokens, cond).exp(), self.held_out(tokens, cond), (
@@ -349,17 +349,16 @@ class World:
         row = {}
         for name, values in zip(("reward", "held_out", "accuracy"), probability):
             row |= {name: float(values.mean()), f"{name}_se": float(values.std() / len(values) ** 0.5)}
-        for name, a, b in zip(("frechet", "pixel_frechet"), self._features(tokens), real or self.real):
+        for name, a, b in zip(("frechet", "pixel_frechet"), self._features(tokens), self.real):
             row[name] = frechet(a, b)
         return row | {"diversity": diversity(tokens, cond)}
 
+    @torch.no_grad()
     def measure_real(self):
         """The same figures for the test digits themselves; the two distances are of one half to the other."""
-        first, second = (torch.arange(len(self.test_tokens)) % 2 == i for i in (0, 1))
         row = self.measure(self.test_tokens, self.test_labels)
-        other = self._features(self.test_tokens[second])
-        halves = self.measure(self.test_tokens[first], self.test_labels[first], other)
-        return row | {name: halves[name] for name in ("frechet", "pixel_frechet")}
+        halves = zip(self._features(self.test_tokens[::2]), self._features(self.test_tokens[1::2]))
+        return row | {name: frechet(a, b) for name, (a, b) in zip(("frechet", "pixel_frechet"), halves)}
 
     def measure_splices(self):
         """Mean reward p(c | image) of spliced test digits: low, or the reward does not see what it is for."""
