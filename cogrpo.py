@@ -464,16 +464,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         advantage += s.bonus * lost * group_advantage(difference, s.group_size)
         row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, turns[i % len(turns)])
 
-        groups = reward.view(-1, s.group_size)
-        equal = groups.amax(1) == groups.amin(1)
-        row = {"iter": i, "reward": float(reward.mean()), "group_std": float(groups.std(1).mean()),
-               "groups_equal": float(equal.float().mean()), "variety_lost": lost} | row
-        mean = torch.stack([step.mean for step in trajectory])
-        acting = torch.stack([step.acts.any(0) for step in trajectory]).to(mean)  # [T, 4]
-        acting /= acting.sum(0).clamp(min=1)
-        row |= dict(zip(NAMES, (constrain(mean).mean(1) * acting).sum(0).tolist()))
-        moves = (mean.std(1) * acting).sum(0) / s.spread  # with the canvas, in units of the exploration
-        row |= {name + "_over_canvases": value for name, value in zip(NAMES, moves.tolist())}
+        row = {"iter": i, "variety_lost": lost} | describe(trajectory, reward, s.group_size, schedule.spread) | row
         if not all(map(math.isfinite, row.values())):
             raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: the update left the finite numbers in "
                              f"iteration {i}; lower them")
@@ -484,6 +475,19 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
                          "KL sched": f"{row['kl_schedule']:.2f}", "std": f"{row['group_std']:.2f}",
                          "equal": f"{row['groups_equal']:.0%}"})
     return model, schedule, log
+
+
+def describe(trajectory, reward, group_size, spread):
+    """Diagnostics of a rollout: its rewards, and the schedule's four parameters, averaged over the steps where they act,
+    with how much each mean varies over canvases, in units of the exploration spread."""
+    groups = reward.view(-1, group_size)
+    equal = (groups.amax(1) == groups.amin(1)).float().mean()
+    mean = torch.stack([step.mean for step in trajectory])  # [T, B, 4]
+    acting = torch.stack([step.acts.any(0) for step in trajectory]).to(mean)  # [T, 4]
+    acting /= acting.sum(0).clamp(min=1)
+    value, moves = (constrain(mean).mean(1) * acting).sum(0), (mean.std(1) * acting).sum(0) / spread
+    return ({"reward": float(reward.mean()), "group_std": float(groups.std(1).mean()), "groups_equal": float(equal)}
+            | dict(zip(NAMES, value.tolist())) | dict(zip([n + "_over_canvases" for n in NAMES], moves.tolist())))
 
 
 def check_reward(reward, batch):
