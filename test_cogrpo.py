@@ -373,28 +373,60 @@ def every_trajectory(model, schedule, actions):
     return torch.stack([p for p, _, _ in paths]), torch.tensor([after for _, after, _ in paths]), trajectory
 
 
-def gradients(seed, T, likelihood, V=3, tau_r=1.0, reacts=0.3):
-    """(true gradient of J = E[R], the update's own, summed over all trajectories with their probabilities)."""
+def exact_world(seed, T=2, V=2, tau_r=1.0, reacts=0.3):
+    """A random model, schedule and reward table on L = 3 tokens, one token kept a step, one fixed draw A [T, 4]:
+    (model, schedule, actions, and for every trajectory its probability, final reward and `Step`s)."""
     model, schedule = a_model(3, V, 1, seed=seed, sharp=1.5).cpu(), a_schedule(seed + 1, scale=reacts).cpu()
     schedule.hand_made = lambda u: (1 - u + 0.05, 0.8 + 0.1 * u, tau_r, 0.7)
     torch.manual_seed(seed + 2)
     actions = torch.stack([schedule.prior((t + 1) / T, model.position) for t in range(T)])
-    actions += 0.2 * torch.randn(T, 4) * torch.tensor([0, 1, 0, 1])  # one draw; r as it is, so one token a step
+    actions += 0.2 * torch.randn(T, 4) * torch.tensor([0, 1, 0, 1])  # r as it is, so one token a step
     reward = torch.randn(V, V, V, dtype=torch.float64)
     probability, tokens, trajectory = every_trajectory(model, schedule, actions)
-    R = reward[tuple(tokens.T)]
+    return model, schedule, actions, probability, reward[tuple(tokens.T)], trajectory, reward
+
+
+def flat(gradients):
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def gradients(likelihood, seed, T=2, V=2, **world):
+    """(true gradient of J = E[R], the real update's own, summed over all trajectories with their probabilities)."""
+    model, schedule, _, probability, R, trajectory, _ = exact_world(seed, T, V, **world)
     theta = list(model.parameters())
-    true = torch.cat([g.flatten() for g in torch.autograd.grad((probability * R).sum(), theta)])
+    true = flat(torch.autograd.grad((probability * R).sum(), theta))
     N, cond = len(R), torch.zeros(len(R), dtype=torch.long)
     with torch.no_grad():
         for step in trajectory:
             step.old_model, _, step.old_schedule, _ = log_prob(schedule, *cogrpo.branches(model, step.canvas, cond),
                                                                step, likelihood)
-    # The real update's loss is -sum_i advantage_i log p_i / (N L): hand it the probability-weighted rewards.
+    # The update's loss is -sum_i advantage_i log p_i / (N L): hand it the probability-weighted rewards.
     s = Settings(likelihood=likelihood, kl_model=0, grad_norm=1e99, steps=T)
     optimizers = torch.optim.SGD(theta, 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
     update(model, schedule, model, optimizers, trajectory, cond, (probability * R).detach() * N, s, "model")
-    return true, -3 * torch.cat([p.grad.flatten() for p in theta])
+    return true, -3 * flat(p.grad for p in theta)
+
+
+def scores(model, schedule, trajectory, likelihood):
+    """grad_theta log p of each trajectory, [N, parameters], through the code of the pipeline."""
+    cond, total = torch.zeros(len(trajectory[0].canvas), dtype=torch.long), 0
+    for step in trajectory:
+        log_p, _, _, _ = log_prob(schedule, *cogrpo.branches(model, step.canvas, cond), step, likelihood)
+        total = total + log_p.sum(1)
+    return torch.stack([flat(torch.autograd.grad(one, list(model.parameters()), retain_graph=True)) for one in total])
+
+
+def bias_and_variance(likelihood, seed, tau_r):
+    """Of the estimator (R - J) grad log p of one rollout, under a schedule that ignores the canvas: relative bias, and
+    variance in units of the true gradient's squared norm."""
+    model, schedule, _, probability, R, trajectory, _ = exact_world(seed, tau_r=tau_r, reacts=0)
+    true = flat(torch.autograd.grad((probability * R).sum(), list(model.parameters())))
+    p = (probability / probability.sum()).detach()  # the draws' density is one constant here
+    true = true / probability.sum().detach()
+    estimator = (R - p @ R)[:, None] * scores(model, schedule, trajectory, likelihood)
+    mean = p @ estimator
+    variance = p @ estimator.square().sum(1) - mean.square().sum()
+    return float((mean - true).norm() / true.norm()), float(variance / true.square().sum())
 
 
 @pytest.mark.parametrize("T, V", [(2, 2), (2, 3), (3, 2), (3, 3)])
@@ -402,21 +434,100 @@ def test_the_exact_likelihood_gives_the_true_gradient(T, V):
     """Candidates, the order of the kept ones, and the schedule's view of theta: with all three the score-function
     estimator of the real `update` is the gradient of the expected reward, to rounding."""
     for seed in range(3):
-        true, estimate = gradients(seed, T, "exact", V)
+        true, estimate = gradients("exact", seed, T, V)
         assert (estimate - true).norm() < 1e-8 * true.norm()
 
 
 def test_the_fill_likelihood_misses_it_less_so_the_hotter_the_ranking():
-    """The paper's likelihood drops which candidates were kept: a bias that fades as tau_r grows."""
-    for tau_r, low, high in ((0.3, 0.5, 2.0), (3.0, 0.05, 0.4), (100.0, 0.0, 0.02)):
-        pairs = [gradients(seed, 2, "fill", 2, tau_r, reacts=0) for seed in range(8)]
-        assert low < np.mean([float((g - t).norm() / t.norm()) for t, g in pairs]) < high
+    """The paper's likelihood drops which candidates were kept: a bias that fades as tau_r grows. `exact` has none."""
+    for tau_r, low, high in ((0.3, 0.25, 2.0), (3.0, 0.03, 0.2), (100.0, 0.0, 0.01)):
+        assert low < np.mean([bias_and_variance("fill", seed, tau_r)[0] for seed in range(8)]) < high
+    assert bias_and_variance("exact", 0, 0.3)[0] < 1e-8
 
 
 def test_the_fill_likelihood_misses_the_schedules_view_too():
     """At a tau_r where ranking is pure noise what is left of the bias is p_phi's: its statistics depend on theta."""
-    true, estimate = gradients(0, 2, "fill", 2, tau_r=100.0)
+    true, estimate = gradients("fill", 0, tau_r=100.0)
     assert (estimate - true).norm() > 0.05 * true.norm()
+
+
+def draw_as(monkeypatch, noise):
+    """Let the schedule's exploration be `noise(like)`; the tokens' and the ranking's noise stays what it is."""
+    monkeypatch.setattr(cogrpo.torch, "randn_like", noise)
+
+
+def test_the_sampled_estimator_converges_to_the_true_gradient(monkeypatch):
+    """20,000 real rollouts under the fixed draws, the real update: every component within its own standard error."""
+    model, schedule, actions, probability, R, trajectory, table = exact_world(1, reacts=0)
+    p = (probability / probability.sum()).detach()
+    true = flat(torch.autograd.grad((probability * R).sum(), list(model.parameters()))) / probability.sum().detach()
+    draws, n = iter(actions), 20000
+    draw_as(monkeypatch, lambda mean: (next(draws) - mean) / schedule.spread)
+    torch.manual_seed(0)
+    tokens, drawn = rollout(model, schedule, torch.zeros(n, dtype=torch.long), 2, likelihood="exact")
+    s = Settings(likelihood="exact", kl_model=0, grad_norm=1e99, steps=2)
+    optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
+    update(model, schedule, model, optimizers, drawn, torch.zeros(n, dtype=torch.long), table[tuple(tokens.T)] - p @ R, s,
+           "model")
+    estimator = (R - p @ R)[:, None] * scores(model, schedule, trajectory, "exact")
+    error = ((p @ estimator.square() - (p @ estimator).square()) / n).sqrt()
+    counts = error > 1e-9  # the null condition's unused rows and such have no gradient at all
+    z = ((-3 * flat(q.grad for q in model.parameters()) - true) / error)[counts]
+    assert counts.sum() > 500 and z.abs().max() < 4.5 and 0.2 < z.square().mean() < 3
+
+
+def test_phis_estimator_converges_to_a_quadrature(monkeypatch):
+    """T = 1, only tau_s random: J(phi) is an integral over one normal variable, its gradient goes through tau_s(phi)."""
+    model, schedule = a_model(3, 3, 1, sharp=1.5).cpu(), a_schedule(4).cpu()
+    reward, n = torch.randn(3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 60000
+    draw_as(monkeypatch, lambda x: torch.normal(0.0, 1.0, x.shape, dtype=x.dtype) * torch.tensor([0, 1, 0, 0]))
+    canvas, c = torch.full((1, 3), model.mask_id), torch.zeros(1, dtype=torch.long)
+    with torch.no_grad():
+        l_c, l_u = cogrpo.branches(model, canvas, c)
+    mean = schedule(cogrpo.canvas_statistics(l_c, canvas == model.mask_id), 1.0)[0]
+    _, _, _, w = cogrpo.constrain(mean)
+    nodes, weights = (torch.tensor(x) for x in np.polynomial.hermite_e.hermegauss(40))
+    tau_s = torch.nn.functional.softplus(mean[1] + schedule.spread * nodes)
+    p = torch.softmax((l_c + w.detach() * (l_c - l_u)) / tau_s[:, None, None], 2)
+    value = torch.einsum("qi,qj,qk,ijk->q", p[:, 0], p[:, 1], p[:, 2], reward)
+    J = (value * weights).sum() / weights.sum()
+    true = flat(torch.autograd.grad(J, list(schedule.parameters()), retain_graph=True))
+    # All rows share a canvas, so the gradient is one direction, d mean / d phi, times mean of A (A - mean) / spread^2.
+    direction = flat(torch.autograd.grad(mean[1], list(schedule.parameters())))
+    torch.manual_seed(0)
+    cond = torch.zeros(n, dtype=torch.long)
+    tokens, drawn = rollout(model, schedule, cond, 1)
+    advantage = reward[tuple(tokens.T)] - J.detach()
+    optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
+    update(model, schedule, model, optimizers, drawn, cond, advantage, Settings(steps=1, kl_schedule=0, grad_norm=1e99),
+           "schedule")
+    weight = advantage * (drawn[0].action[:, 1] - mean[1].detach()) / schedule.spread ** 2
+    got, wanted = (float(-flat(q.grad for q in schedule.parameters()) @ direction / direction.square().sum()),
+                   float(true @ direction / direction.square().sum()))
+    assert abs(got - wanted) < 4 * float(weight.std()) / n ** 0.5 < 0.7 * abs(wanted)
+
+
+def test_the_groups_own_mean_as_a_baseline_shrinks_the_gradient_by_one_gth():
+    """GRPO's mean contains the sample itself: over all pairs (G = 2) the estimator is half the true gradient."""
+    model, schedule, _, probability, R, trajectory, _ = exact_world(2, reacts=0)
+    true = flat(torch.autograd.grad((probability * R).sum(), list(model.parameters()))) / probability.sum().detach()
+    p, S = (probability / probability.sum()).detach(), scores(model, schedule, trajectory, "exact")
+    i, j = torch.meshgrid(torch.arange(len(R)), torch.arange(len(R)), indexing="ij")
+    pair = torch.stack([R[i], R[j]], -1).view(-1, 2)
+    advantage = (pair - pair.mean(1, keepdim=True)).view(len(R), len(R), 2)
+    estimate = ((p[i] * p[j])[..., None] * advantage / 2)
+    assert torch.allclose(estimate[..., 0].sum(1) @ S + estimate[..., 1].sum(0) @ S, true / 2, rtol=1e-8, atol=1e-10)
+
+
+def test_dividing_by_the_groups_std_forgets_the_scale_of_rewards():
+    """At G = 2 only the sign of the difference survives; a large group's gradient is the true one over its own sigma, so
+    conditions with little spread count as much as those with a lot."""
+    pairs = cogrpo.group_advantage(torch.tensor([0.0, 1, 0, 100]), 2)
+    assert pairs.tolist() == pytest.approx([-(0.5 ** 0.5), 0.5 ** 0.5] * 2, 1e-3)
+    torch.manual_seed(0)
+    R = torch.randn(2, 5000, dtype=torch.float64) * torch.tensor([[0.1], [10.0]])
+    advantage = cogrpo.group_advantage(R.flatten(), 5000).view(2, -1)
+    assert ((advantage * R).mean(1) / R.std(1)).tolist() == pytest.approx([1, 1], rel=5e-3)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -678,3 +789,11 @@ def test_the_readmes_own_model_and_reward_run():
     readme = Path(__file__).with_name("README.md").read_text()
     block = re.search(r"```python\n(.*?)```", readme, re.S)[1]
     exec(compile(block, "README.md", "exec"), {})
+
+
+if __name__ == "__main__":
+    print("L = 3, V = 2, T = 2, one token kept a step; means over 20 random models and rewards\n")
+    print("| tau_r | bias of fill | bias of exact | variance of fill | variance of exact |", "|---" * 5 + "|", sep="\n")
+    for tau in (0.3, 1.0, 3.0, 10.0):
+        fill, exact = (np.mean([bias_and_variance(name, k, tau) for k in range(20)], 0) for name in ("fill", "exact"))
+        print(f"| {tau:g} | {fill[0]:.3f} | {exact[0]:.0e} | {fill[1]:.1f} | {exact[1]:.1f} |")
