@@ -679,6 +679,16 @@ def test_another_domain_through_the_seams(guided):
     assert (sample(better, schedule, test, 4, given)[:, 3] == 1).all()
 
 
+def test_the_group_bonus_holds_against_narrowing():
+    """A reward for one token narrows every sample to it; the bonus grows with the variety lost, and starts at nothing."""
+    lost = {}
+    for bonus in (0.0, 5.0):
+        log = train(a_model(dtype=torch.float32, sharp=1.0), lambda x, c: (x == 0).float().mean(1), conds(3),
+                    Settings(steps=2, iters=30, groups=3, lr=1e-2, kl_model=0, bonus=bonus, rl_seed=0))[2]
+        lost[bonus] = [row["variety_lost"] for row in log]
+    assert lost[0.0][0] == lost[5.0][0] == 0 and lost[0.0][-1] > 0.6 and lost[5.0][-1] < lost[0.0][-1] - 0.2
+
+
 @pytest.mark.parametrize("reward, word", [
     (lambda x, c: torch.zeros(len(x), 1), "shape"), (lambda x, c: torch.full((len(x),), math.nan), "NaN"),
     (lambda x, c: torch.zeros(len(x), dtype=torch.long), "float"), (lambda x, c: [0.0] * len(x), "list")])
