@@ -170,7 +170,7 @@ def patches(images):
 
 def fit_codebook(images, size, rounds=15, sample=60000):
     """k-means (Lloyd) on random patches of images float [N, 28, 28]; returns the codebook [size, 16]."""
-    picked = images[torch.randint(len(images), (4 * sample // SEQ_LEN,))]
+    picked = images[torch.randint(len(images), (sample // SEQ_LEN * 4,))]
     flat = patches(picked).flatten(0, 1)
     flat = flat[torch.randperm(len(flat))[:sample].to(flat.device)]
     distinct = flat.unique(dim=0)  # most patches are the same black one: start from different ones
