@@ -418,11 +418,12 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
                     sums["clip_" + name] += ((log_ratio.expm1().abs() > s.clip) * weight).sum()
                 sums["kl_model"] += kl_model
                 sums["kl_schedule"] += kl_schedule
-        for name, parameters, optimizer, active in zip(("model", "schedule"), (theta, phi), optimizers,
-                                                       (with_theta, with_phi)):
-            if active:
-                sums["grad_" + name] = nn.utils.clip_grad_norm_(parameters, s.grad_norm)
-                optimizer.step()
+        if with_theta:
+            sums["grad_model"] = nn.utils.clip_grad_norm_(theta, s.grad_norm)
+            optimizers[0].step()
+        if with_phi:
+            sums["grad_schedule"] = nn.utils.clip_grad_norm_(phi, s.grad_norm)
+            optimizers[1].step()
     return {name: float(value) for name, value in sums.items()}
 
 
