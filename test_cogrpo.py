@@ -97,6 +97,9 @@ def test_the_schedule_sees_the_canvas_and_the_condition():
     assert trajectory[2].mean.std(0).min() > 1e-3
     first = rollout(model, schedule, conds(3), 4, explore=False)[1][0].mean
     assert first.std(0).min() > 1e-3
+    same = torch.rand(1, 5, dtype=torch.float64, device=DEVICE)
+    early, late = (schedule(same, u) - schedule.prior(u, same) for u in (0.25, 0.75))  # and it knows how late it is
+    assert (early - late).abs().min() > 1e-3
 
 
 def test_statistics_look_at_masked_positions_only():
@@ -294,6 +297,21 @@ def test_epochs_reuse_a_rollout_against_the_stored_log_probs():
     twice, _, _ = one_update(a_model(), a_schedule(), a_model(), lr=0.5, epochs=2)
     assert once["approx_kl_model"] == pytest.approx(0, abs=1e-15) and once["clip_model"] == 0
     assert twice["approx_kl_model"] > 1e-5 and twice["approx_kl_schedule"] > 1e-5
+
+
+@pytest.mark.parametrize("likelihood", ["fill", "exact"])
+def test_ratios_are_to_the_rollouts_log_probs_and_clip_each_factor(likelihood):
+    """Had every factor become e^0.5 times as likely since the rollout, praise has no gradient left, blame has."""
+    s, cond = Settings(steps=3, likelihood=likelihood, kl_model=0, kl_schedule=0, grad_norm=1e9), conds(16)
+    for advantage, silent in ((1.0, True), (-1.0, False)):
+        model, schedule = a_model(), a_schedule()
+        _, trajectory = rollout(model, schedule, cond, 3, likelihood=likelihood)
+        for step in trajectory:
+            step.old_model, step.old_schedule = step.old_model - 0.5, step.old_schedule - 0.5
+        optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
+        row = update(model, schedule, model, optimizers, trajectory, cond, torch.full_like(cond, advantage).double(), s)
+        assert row["clip_model"] == pytest.approx(1) and row["clip_schedule"] == pytest.approx(1)
+        assert (row["grad_model"] == 0 and row["grad_schedule"] == 0) == silent
 
 
 def test_one_steps_graph_is_freed_before_the_next():
