@@ -177,8 +177,10 @@ def fit_codebook(images, size, rounds=15, sample=60000):
     codebook = distinct[torch.randperm(len(distinct))[:size].to(flat.device)]
     if len(codebook) < size:
         raise ValueError(f"--codebook-size {size}: the digits have only {len(codebook)} different patches")
-    for _ in range(rounds):
-        nearest = torch.cdist(flat, codebook).argmin(1)
+    bar = tqdm(range(rounds), "codebook", unit="round")
+    for _ in bar:
+        distance, nearest = torch.cdist(flat, codebook).min(1)
+        bar.set_postfix(loss=f"{distance.square().mean():.4f}")
         total = torch.zeros_like(codebook).index_add_(0, nearest, flat)
         count = torch.bincount(nearest, minlength=size)[:, None]
         codebook = torch.where(count > 0, total / count.clamp(min=1), codebook)
