@@ -241,8 +241,9 @@ class Step:
     mean: torch.Tensor      # the schedule's mean, unconstrained, [B, 4]
     action: torch.Tensor    # A, unconstrained, [B, 4]
     candidate: torch.Tensor  # a token drawn for every position, int64 [B, L]
-    order: torch.Tensor     # positions, the most confident first (noise and all), int64 [B, L]
-    filled: torch.Tensor    # I^fill: the candidates that were kept, bool [B, L]
+    filled: torch.Tensor    # I^fill: where the candidate was kept, bool [B, L]
+    last: torch.Tensor      # the position that was kept last, int64 [B, 1]
+    threshold: torch.Tensor  # its score, the lowest of those kept, [B, 1]
     old_model: torch.Tensor = None     # log-probs at the time of the rollout: [B, K], see `log_prob`
     old_schedule: torch.Tensor = None  # [B]
 
@@ -260,8 +261,8 @@ def at_least_float32(x):
 
 
 def guided_logits(l_c, l_u, w):
-    """Classifier-free guidance: l_c + w (l_c - l_u); w [B]."""
-    return l_c if l_u is None else l_c + w[:, None, None] * (l_c - l_u)
+    """Classifier-free guidance: l_c + w (l_c - l_u); w [B, 1, 1]."""
+    return l_c if l_u is None else l_c + w * (l_c - l_u)
 
 
 def gumbel_like(x):
@@ -281,31 +282,32 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
     at_start = (canvas == model.mask_id).sum(1)
     trajectory = []
     for t in range(steps):
-        u, last = (t + 1) / steps, t == steps - 1
+        u, final = (t + 1) / steps, t == steps - 1
         masked = canvas == model.mask_id
         count = masked.sum(1)
         l_c, l_u = branches(model, canvas, cond)
 
         mean = schedule(canvas_statistics(l_c, masked), u)
         action = mean + schedule.spread * torch.randn_like(mean) if explore else mean
-        r, tau_s, tau_r, w = constrain(action).unbind(1)
+        r, tau_s, tau_r, w = constrain(action)[:, :, None, None].unbind(1)
 
         # A candidate for every position: argmax of logits / tau_s + Gumbel noise is a draw from their softmax.
         logits = guided_logits(l_c, l_u, w)
-        candidate = (logits / tau_s[:, None, None] + gumbel_like(logits)).argmax(2)
+        candidate = (logits / tau_s + gumbel_like(logits)).argmax(2)
 
         # Keep the most confident, by log-confidence (guided, un-tempered) + tau_r * Gumbel noise; mask the rest again,
-        # but fill one at least. (Where nothing is masked `left` is -1 and the one is a given token: `& masked`.)
+        # but fill one at least. (Where nothing is masked that one is a given token: hence `& masked`.)
         confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
-        noisy = confidence + tau_r[:, None] * gumbel_like(confidence)
-        order = noisy.masked_fill(~masked, -math.inf).argsort(1, descending=True)
-        left = torch.zeros_like(count) if last else torch.minimum((r * at_start).floor().long(), count - 1)
-        rank = torch.arange(model.seq_len, device=cond.device).expand_as(order)
-        filled = torch.zeros_like(masked).scatter(1, order, rank < (count - left)[:, None]) & masked
+        score = (confidence + tau_r[:, 0] * gumbel_like(confidence)).masked_fill(~masked, -math.inf)
+        left = torch.zeros_like(count) if final else torch.minimum((r[:, 0, 0] * at_start).floor().long(), count - 1)
+        ranked, order = score.sort(1, descending=True)
+        rank = (count - left - 1).clamp(min=0)[:, None]  # of the last to be kept
+        threshold, last = ranked.gather(1, rank), order.gather(1, rank)
+        filled = torch.zeros_like(masked).scatter(1, order, torch.arange(len(order[0]), device=rank.device) <= rank) & masked
 
-        ranks, some = (count > 1) & (not last), count > 0  # r and tau_r need a choice to act on, w needs guidance
+        ranks, some = (count > 1) & (not final), count > 0  # r and tau_r need a choice to act on, w needs guidance
         acts = torch.stack([ranks, some, ranks, some & (l_u is not None)], 1)
-        step = Step(u, canvas, masked, acts, mean, action, candidate, order, filled)
+        step = Step(u, canvas, masked, acts, mean, action, candidate, filled, last, threshold)
         if explore:
             step.old_model, _, step.old_schedule, _ = log_prob(schedule, l_c, l_u, step, likelihood)
         trajectory.append(step)
@@ -342,26 +344,32 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
 
     The model's comes in K factors, each with a ratio and a clip of its own, zero where it does not exist:
     fill   K = L: the filled tokens under the guided, tempered distribution that they were drawn from (the paper's)
-    exact  K = 2L + 1 (ours): every candidate, the thrown-away too; the order of the kept ones, for the top k of
-           score + tau_r * Gumbel is a Plackett-Luce draw; and p_phi, whose statistics are functions of theta.
+    exact  K = L + 1 (ours): all that the step did at each masked position, and p_phi, whose statistics are functions of
+           theta. Given the threshold c that the ranking came to, positions are independent: one is kept where its
+           score exceeds c, sets c where it was the last, and is thrown away where it stays below, whatever its
+           candidate was, so that one is summed over. A score is Gumbel: P(it stays below c) = exp(-rate) with
+           rate = exp((log-confidence - c) / tau_r).
     """
     mean = schedule(canvas_statistics(l_c if likelihood == "exact" else l_c.detach(), step.masked), step.u)
     log_phi = schedule.log_prob(mean, step.action, step.acts)
 
-    _, tau_s, tau_r, w = constrain(step.action).unbind(1)
+    _, tau_s, tau_r, w = constrain(step.action)[:, :, None, None].unbind(1)
     logits = guided_logits(l_c, l_u, w)
-    token = F.log_softmax(logits / tau_s[:, None, None], 2).gather(2, step.candidate[:, :, None])[:, :, 0]
+    log_p = F.log_softmax(logits / tau_s, 2)
+    chosen = step.candidate[:, :, None]
+    token = log_p.gather(2, chosen)[:, :, 0]
     if likelihood == "fill":
         return token * step.filled, step.filled, log_phi, mean
 
-    confidence = logits.log_softmax(2).gather(2, step.candidate[:, :, None])[:, :, 0]
-    # From here in the order of keeping. -1e9, not -inf: a gradient through -inf - -inf would be NaN.
-    score = (confidence / tau_r[:, None]).masked_fill(~step.masked, -1e9).gather(1, step.order)
-    among = score.flip(1).logcumsumexp(1).flip(1)  # the k-th kept was chosen among itself and all after it
-    choice = (step.filled != step.masked).any(1, keepdim=True)  # a step that keeps all has nothing to rank
-    ranked = step.filled.gather(1, step.order) & choice
-    exists = torch.cat([step.masked, ranked, torch.ones_like(choice)], 1)
-    return torch.cat([token, score - among, log_phi[:, None]], 1) * exists, exists, log_phi, mean
+    log_rate = ((logits.log_softmax(2) - step.threshold[:, :, None]) / tau_r).clamp(-60, 60)  # exp stays finite
+    below = (log_p - log_rate.exp()).logsumexp(2)
+    log_rate = log_rate.gather(2, chosen)[:, :, 0]
+    above, at = (-(-log_rate.exp()).expm1()).log(), log_rate - log_rate.exp()
+    kept = token + above.scatter(1, step.last, at.gather(1, step.last))
+    choice = (step.filled != step.masked).any(1, keepdim=True)  # a step that keeps all has no threshold
+    factor = torch.where(choice, torch.where(step.filled, kept, below), token)
+    exists = torch.cat([step.masked, torch.ones_like(choice)], 1)
+    return torch.cat([factor, log_phi[:, None]], 1) * exists, exists, log_phi, mean
 
 
 def surrogate(log_p, old, advantage, clip):
