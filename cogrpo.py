@@ -36,10 +36,12 @@ import inspect
 import math
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -79,6 +81,7 @@ class Settings:
     kl_schedule: float = setting(0.1, "weight of KL(schedule || hand-made)", low=0)
     bonus: float = setting(1.0, "advantage for differing from the group, per variety lost (ours); 0: none", low=0)
     grad_norm: float = setting(1.0, "each factor's gradient is clipped to this norm", low=0)
+    micro_batch: int = setting(0, "samples in memory at a time; the gradient is the same (0: the whole rollout)", low=0)
     spread: float = setting(0.3, "standard deviation of the schedule's exploration", low=1e-6)
     rl_seed: int = setting(None, "seed of Co-GRPO alone (default: --seed)")
 
@@ -121,8 +124,14 @@ class MDM(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens, cond):
-        x = self.token(tokens) + self.cond(cond)[:, None] + self.position
-        return self.head(self.norm(self.blocks(x)))
+        bf16 = tokens.is_cuda and torch.cuda.is_bf16_supported()  # autocast leaves float64 as it is
+        with torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext():
+            x = self.token(tokens) + self.cond(cond)[:, None] + self.position
+            return self.head(self.norm(self.blocks(x)))
+
+
+def at_least_float32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def pretrain(model, tokens, cond, steps=1200, batch=128, lr=2e-3, drop=0.1):
@@ -143,7 +152,7 @@ def pretrain(model, tokens, cond, steps=1200, batch=128, lr=2e-3, drop=0.1):
         ratio = torch.cos(torch.rand(batch, 1, device=c.device) * math.pi / 2)
         rank = torch.rand(target.shape, device=c.device).argsort(1).argsort(1)
         masked = rank < (ratio * model.seq_len).ceil()
-        logits = model(torch.where(masked, model.mask_id, target), c)
+        logits = at_least_float32(model(torch.where(masked, model.mask_id, target), c))
         loss = F.cross_entropy(logits.transpose(1, 2), torch.where(masked, target, -100))
         optimizer.zero_grad()
         loss.backward()
@@ -237,6 +246,7 @@ class Step:
     u: float                # (t + 1) / T
     canvas: torch.Tensor    # V^(t) int64 [B, L]
     masked: torch.Tensor    # where it is [MASK], bool [B, L]
+    share: int              # so many neighbours have one canvas and one condition
     acts: torch.Tensor      # which of the four parameters act on something here, bool [B, 4]
     mean: torch.Tensor      # the schedule's mean, unconstrained, [B, 4]
     action: torch.Tensor    # A, unconstrained, [B, 4]
@@ -248,16 +258,16 @@ class Step:
     old_schedule: torch.Tensor = None  # [B]
 
 
-def branches(model, tokens, cond):
-    """l_c and l_u, each [B, L, V], from one pass of 2B rows; l_u is None for a model without guidance (B rows)."""
+def branches(model, tokens, cond, share=1):
+    """l_c and l_u, each [B, L, V], from one pass of 2B rows; l_u is None for a model without guidance (B rows).
+
+    share: that many neighbours have one canvas and one condition, so one of them is computed for all.
+    """
+    tokens, cond = tokens[::share], cond[::share]
     if model.null_cond is None:
-        return at_least_float32(model(tokens, cond)), None
+        return at_least_float32(model(tokens, cond)).repeat_interleave(share, 0), None
     both = model(torch.cat([tokens, tokens]), torch.cat([cond, torch.full_like(cond, model.null_cond)]))
-    return at_least_float32(both).chunk(2)
-
-
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return at_least_float32(both).repeat_interleave(share, 0).chunk(2)
 
 
 def guided_logits(l_c, l_u, w):
@@ -270,11 +280,12 @@ def gumbel_like(x):
 
 
 @torch.no_grad()
-def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood="fill"):
+def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood="fill", share=1):
     """Fill canvases in T steps. cond int64 [B]; returns (tokens int64 [B, L], the T `Step`s).
 
     tokens: canvases to start from, int64 [B, L] with mask_id where to fill (default: everywhere). explore: draw the
-    schedule's parameters; else take their mean, and keep no log-probs. ValueError for a T outside 1..L.
+    schedule's parameters; else take their mean, and keep no log-probs. share: that many neighbours start alike (the group
+    size, where conditions come in groups): their first step needs one model pass. ValueError for a T outside 1..L.
     """
     if not 1 <= steps <= model.seq_len:
         raise ValueError(f"--steps {steps}: T must be in 1..{model.seq_len}, the number of tokens")
@@ -285,7 +296,7 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         u, final = (t + 1) / steps, t == steps - 1
         masked = canvas == model.mask_id
         count = masked.sum(1)
-        l_c, l_u = branches(model, canvas, cond)
+        l_c, l_u = branches(model, canvas, cond, share)
 
         mean = schedule(canvas_statistics(l_c, masked), u)
         action = mean + schedule.spread * torch.randn_like(mean) if explore else mean
@@ -307,11 +318,11 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
 
         ranks, some = (count > 1) & (not final), count > 0  # r and tau_r need a choice to act on, w needs guidance
         acts = torch.stack([ranks, some, ranks, some & (l_u is not None)], 1)
-        step = Step(u, canvas, masked, acts, mean, action, candidate, filled, last, threshold)
+        step = Step(u, canvas, masked, share, acts, mean, action, candidate, filled, last, threshold)
         if explore:
             step.old_model, _, step.old_schedule, _ = log_prob(schedule, l_c, l_u, step, likelihood)
         trajectory.append(step)
-        canvas = torch.where(filled, candidate, canvas)
+        canvas, share = torch.where(filled, candidate, canvas), 1
     return canvas, trajectory
 
 
@@ -378,8 +389,10 @@ def surrogate(log_p, old, advantage, clip):
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, which="joint"):
+def update(model, schedule, reference, optimizers, batches, s, which="joint"):
     """Re-score a rollout step by step and take one step of theta and phi per epoch (or of one of them: `which`).
+
+    batches: the rollout in one piece, or in as many as memory asks for: [(trajectory, cond [B], advantage [B])].
 
         loss_theta = mean over samples of sum_t [ -surrogate_theta,t / L + kl_model KL_model,t / L ]
         loss_phi   = mean over samples of (1/T) sum_t [ -surrogate_phi,t + kl_schedule KL_schedule,t ]
@@ -387,7 +400,7 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
     theta has a ratio for each token, phi one for each step: a product over a step's tokens leaves [1 - clip, 1 + clip]
     for most samples after a single update (ours). Returns a dict of diagnostics, of the last epoch.
     """
-    B, L, T = len(cond), model.seq_len, len(trajectory)
+    B, L, T = sum(len(cond) for _, cond, _ in batches), model.seq_len, len(batches[0][0])
     theta, phi = list(model.parameters()), list(schedule.parameters())
     with_theta, with_phi = which != "schedule", which != "model"
     for _ in range(s.epochs):
@@ -395,11 +408,12 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
                               "clip_schedule"), 0.0)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        for step in trajectory:
+        for step, cond, advantage in ((step, *of_step) for trajectory, *of_step in batches for step in trajectory):
             with torch.set_grad_enabled(with_theta):
-                l_c, l_u = branches(model, step.canvas, cond)
+                l_c, l_u = branches(model, step.canvas, cond, step.share)
             with torch.no_grad():  # KL on l_c alone, un-tempered: B rows instead of 2B (ours)
-                log_q = at_least_float32(reference(step.canvas, cond)).log_softmax(2)
+                log_q = reference(step.canvas[::step.share], cond[::step.share])
+                log_q = at_least_float32(log_q).log_softmax(2).repeat_interleave(step.share, 0)
             log_p = l_c.log_softmax(2)
             kl_model = ((log_p.exp() * (log_p - log_q)).sum(2) * step.masked).sum() / (B * L)
 
@@ -418,7 +432,7 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
                 loss_theta.backward(inputs=theta)
 
             with torch.no_grad():
-                per_factor = exists / exists.sum().clamp(min=1) / T
+                per_factor = exists / exists.sum().clamp(min=1) * len(cond) / (B * T)
                 for name, new, old, weight in (("model", log_theta, step.old_model, per_factor),
                                                ("schedule", log_phi, step.old_schedule, 1 / (B * T))):
                     log_ratio = new - old
@@ -426,13 +440,36 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
                     sums["clip_" + name] += ((log_ratio.expm1().abs() > s.clip) * weight).sum()
                 sums["kl_model"] += kl_model
                 sums["kl_schedule"] += kl_schedule
-        if with_theta:
-            sums["grad_model"] = nn.utils.clip_grad_norm_(theta, s.grad_norm)
-            optimizers[0].step()
-        if with_phi:
-            sums["grad_schedule"] = nn.utils.clip_grad_norm_(phi, s.grad_norm)
-            optimizers[1].step()
+        for learns, name, parameters, optimizer in ((with_theta, "grad_model", theta, optimizers[0]),
+                                                    (with_phi, "grad_schedule", phi, optimizers[1])):
+            if learns:
+                average_gradients(parameters)
+                sums[name] = nn.utils.clip_grad_norm_(parameters, s.grad_norm)
+                optimizer.step()
     return {name: float(value) for name, value in sums.items()}
+
+
+# ------------------------------------------------------------------------- training, on one process or on several
+
+def processes():
+    """(this process's rank, how many there are): (0, 1) where torchrun did not start it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def average_gradients(parameters):
+    for p in parameters if dist.is_initialized() else ():
+        if p.grad is not None:
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
+def gathered(x):
+    """x [n, ...] of every process, one after the other: [N n, ...]."""
+    if not dist.is_initialized():
+        return x
+    everywhere = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everywhere, x)
+    return torch.cat(everywhere)
 
 
 def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, schedule=None):
@@ -442,9 +479,13 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     returned. schedule: a Schedule to start from, say one around other hand-made functions (default: a new one).
     reward_fn(tokens int64 [B, L], cond int64 [B]) -> float [B]. conds int64 [C]: the groups' conditions, taken in turn.
     on_iteration(row, model, schedule, tokens, cond) sees every iteration and may add to its row of the log.
-    log: one dict of floats an iteration. ValueError where the reward has the wrong shape or is not finite.
+    log: one dict of floats an iteration, `rows` among them: the rows that went through the model so far, a backward
+    pass counted as two. ValueError where the reward has the wrong shape or is not finite. In a process group every
+    process calls it and takes its share of the groups; gradients and log are averaged, the result is the same on all.
     """
-    s = settings
+    s, (rank, ranks) = settings, processes()
+    if s.groups % ranks:
+        raise ValueError(f"--groups {s.groups}: must be a multiple of the number of processes, {ranks}")
     if s.rl_seed is not None:
         torch.manual_seed(s.rl_seed)
     reference, model = model.eval(), copy.deepcopy(model).eval().requires_grad_(True)
@@ -452,28 +493,42 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     schedule = copy.deepcopy(schedule) if schedule else Schedule(s.spread)
     schedule.to(weights.device, torch.promote_types(weights.dtype, torch.float32))
     optimizers = (torch.optim.AdamW(model.parameters(), s.lr, weight_decay=0, fused=weights.is_cuda),
-                  torch.optim.Adam(schedule.parameters(), s.schedule_lr))
-    log, variety = [], {}  # variety: each condition's, when it was first seen
+                  torch.optim.Adam(schedule.parameters(), s.schedule_lr, fused=weights.is_cuda))
+    if ranks > 1:  # one start for all, then each its own rollouts
+        for p in (*model.parameters(), *schedule.parameters()):
+            dist.broadcast(p.data, 0)
+        torch.manual_seed(torch.initial_seed() + rank)
+    log, rows, variety = [], 0, {}  # variety: each condition's, when it was first seen
     turns = ("model", "schedule") if s.update == "alternate" else (s.update,)
-    bar = tqdm(range(s.iters), "Co-GRPO", unit="iter")
+    micro_batch = s.micro_batch or s.groups * s.group_size
+    bar = tqdm(range(s.iters), "Co-GRPO", unit="iter", disable=rank > 0)
     for i in bar:
         for optimizer, lr in zip(optimizers, (s.lr, s.schedule_lr)):
             optimizer.param_groups[0]["lr"] = lr * (1 - i / s.iters)  # to zero: the result keeps no step's noise
         first = i // len(turns) * s.groups  # theta and phi take their turns on the same conditions
-        cond = conds[torch.arange(first, first + s.groups, device=conds.device) % len(conds)]
-        cond = cond.repeat_interleave(s.group_size)
-        tokens, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
+        of_groups = conds[torch.arange(first, first + s.groups, device=conds.device) % len(conds)]
+        cond = of_groups.chunk(ranks)[rank].repeat_interleave(s.group_size)
+        parts = [rollout(model, schedule, c, s.steps, likelihood=s.likelihood, share=math.gcd(s.group_size, micro_batch))
+                 for c in cond.split(micro_batch)]
+        tokens, trajectories = torch.cat([x for x, _ in parts]), [trajectory for _, trajectory in parts]
         reward = check_reward(reward_fn(tokens, cond), len(cond))
         advantage = group_advantage(reward, s.group_size)
         # Reward alone narrows: the more of the groups' variety is gone, the more it counts to differ. (ours)
         difference = group_difference(tokens, s.group_size).to(reward)
-        now = difference.view(-1, s.group_size).mean(1).tolist()
-        then = [variety.setdefault(c, d) for c, d in zip(cond[::s.group_size].tolist(), now)]
+        now = gathered(difference.view(-1, s.group_size).mean(1)).tolist()
+        then = [variety.setdefault(c, d) for c, d in zip(of_groups.tolist(), now)]
         lost = max(0.0, 1 - sum(now) / max(sum(then), 1e-9))
         advantage += s.bonus * lost * group_advantage(difference, s.group_size)
-        row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, turns[i % len(turns)])
+        which = turns[i % len(turns)]
+        diagnostics = update(model, schedule, reference, optimizers, list(zip(
+            trajectories, cond.split(micro_batch), advantage.split(micro_batch))), s, which)
 
-        row = {"iter": i, "variety_lost": lost} | describe(trajectory, reward, s.group_size, schedule.spread) | row
+        passes = ranks * sum(len(step.canvas) // step.share for trajectory in trajectories for step in trajectory)
+        halves = 1 if model.null_cond is None else 2
+        rows += passes * (halves + s.epochs * (halves * (1 if which == "schedule" else 3) + 1))
+        row = describe(trajectories, reward, s.group_size, schedule.spread) | diagnostics
+        row = dict(zip(row, gathered(reward.new_tensor([list(row.values())])).mean(0).tolist()))
+        row = {"iter": i, "rows": rows, "variety_lost": lost} | row
         if not all(map(math.isfinite, row.values())):
             raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: the update left the finite numbers in "
                              f"iteration {i}; lower them")
@@ -486,13 +541,14 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return model, schedule, log
 
 
-def describe(trajectory, reward, group_size, spread):
+def describe(trajectories, reward, group_size, spread):
     """Diagnostics of a rollout: its rewards, and the schedule's four parameters, averaged over the steps where they act,
     with how much each mean varies over canvases, in units of the exploration spread."""
     groups = reward.view(-1, group_size)
     equal = (groups.amax(1) == groups.amin(1)).float().mean()
-    mean = torch.stack([step.mean for step in trajectory])  # [T, B, 4]
-    acting = torch.stack([step.acts.any(0) for step in trajectory]).to(mean)  # [T, 4]
+    mean, acts = (torch.cat([torch.stack([getattr(step, name) for step in trajectory]) for trajectory in trajectories], 1)
+                  for name in ("mean", "acts"))  # [T, B, 4]
+    acting = acts.any(1).to(mean)  # [T, 4]
     acting /= acting.sum(0).clamp(min=1)
     value, moves = (constrain(mean).mean(1) * acting).sum(0), (mean.std(1) * acting).sum(0) / spread
     return ({"reward": float(reward.mean()), "group_std": float(groups.std(1).mean()), "groups_equal": float(equal)}

@@ -48,7 +48,7 @@ def conds(n, classes=3):
 
 def rows(step, index):
     """Some samples of a step."""
-    return Step(step.u, *(None if x is None else x[index] for x in list(vars(step).values())[1:]))
+    return Step(**{name: x[index] if torch.is_tensor(x) else x for name, x in vars(step).items()})
 
 
 # --------------------------------------------------------------------------------------------- rollout and schedule
@@ -199,7 +199,7 @@ def one_update(model, schedule, reference, which="joint", lr=0.0, advantage=None
     _, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
     advantage = torch.randn(48, dtype=torch.float64, device=DEVICE) if advantage is None else advantage
     optimizers = torch.optim.SGD(model.parameters(), lr), torch.optim.SGD(schedule.parameters(), lr)
-    row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, which)
+    row = update(model, schedule, reference, optimizers, [(trajectory, cond, advantage)], s, which)
     gradients = [torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
                             for p in part.parameters()]) for part in (model, schedule)]
     return row, *gradients
@@ -322,7 +322,7 @@ def test_ratios_are_to_the_rollouts_log_probs_and_clip_each_factor(likelihood):
         for step in trajectory:
             step.old_model, step.old_schedule = step.old_model - 0.5, step.old_schedule - 0.5
         optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-        row = update(model, schedule, model, optimizers, trajectory, cond, torch.full_like(cond, advantage).double(), s)
+        row = update(model, schedule, model, optimizers, [(trajectory, cond, torch.full_like(cond, advantage).double())], s)
         assert row["clip_model"] == pytest.approx(1) and row["clip_schedule"] == pytest.approx(1)
         assert (row["grad_model"] == 0 and row["grad_schedule"] == 0) == silent
 
@@ -417,7 +417,7 @@ def every_trajectory(model, schedule, actions, transitions):
         canvas, candidate, filled, last, threshold = map(torch.tensor, (canvas, candidate, filled, last, threshold))
         masked = canvas == model.mask_id
         acts = torch.tensor([who_acts([i for i in range(L) if row[i]], t, T) for row in masked.tolist()])
-        trajectory.append(Step((t + 1) / T, canvas, masked, acts, None, actions[t].expand(len(canvas), 4), candidate,
+        trajectory.append(Step((t + 1) / T, canvas, masked, 1, acts, None, actions[t].expand(len(canvas), 4), candidate,
                                filled, last[:, None], threshold[:, None]))
     return torch.stack([w for w, _, _ in paths]), torch.tensor([after for _, after, _ in paths]), trajectory
 
@@ -470,7 +470,7 @@ def updates_gradient(likelihood, model, schedule, actions, table):
     # The update's loss is -sum_i advantage_i log p_i / (N L): hand it the probability-weighted rewards.
     s = Settings(likelihood=likelihood, kl_model=0, grad_norm=1e99, steps=len(actions))
     optimizers = torch.optim.SGD(theta, 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-    update(model, schedule, model, optimizers, trajectory, cond, p * table[tuple(tokens.T)] * N, s, "model")
+    update(model, schedule, model, optimizers, [(trajectory, cond, p * table[tuple(tokens.T)] * N)], s, "model")
     return -3 * flat(q.grad for q in theta)
 
 
@@ -536,8 +536,8 @@ def test_the_sampled_estimator_converges_to_the_true_gradient(monkeypatch):
     tokens, drawn = rollout(model, schedule, torch.zeros(n, dtype=torch.long), 2, likelihood="exact")
     s = Settings(likelihood="exact", kl_model=0, grad_norm=1e99, steps=2)
     optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-    update(model, schedule, model, optimizers, drawn, torch.zeros(n, dtype=torch.long), table[tuple(tokens.T)] - J / density,
-           s, "model")
+    batch = drawn, torch.zeros(n, dtype=torch.long), table[tuple(tokens.T)] - J / density
+    update(model, schedule, model, optimizers, [batch], s, "model")
     p, tokens, trajectory = as_the_likelihood_sees_it("exact", model, schedule, actions)
     estimator = (table[tuple(tokens.T)] - J / density)[:, None] * scores(model, schedule, trajectory, "exact")
     error = ((p / density @ estimator.square() - (true / density).square()) / n).sqrt()
@@ -569,8 +569,8 @@ def test_phis_estimator_converges_to_a_quadrature(monkeypatch):
     tokens, drawn = rollout(model, schedule, cond, 1)
     advantage = reward[tuple(tokens.T)] - J.detach()
     optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-    update(model, schedule, model, optimizers, drawn, cond, advantage, Settings(steps=1, kl_schedule=0, grad_norm=1e99),
-           "schedule")
+    update(model, schedule, model, optimizers, [(drawn, cond, advantage)],
+           Settings(steps=1, kl_schedule=0, grad_norm=1e99), "schedule")
     weight = advantage * (drawn[0].action[:, 1] - mean[1].detach()) / schedule.spread ** 2
     got, wanted = (float(-flat(q.grad for q in schedule.parameters()) @ direction / direction.square().sum()),
                    float(true @ direction / direction.square().sum()))
