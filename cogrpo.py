@@ -23,6 +23,8 @@ gradients through the generation, and which tokens were KEPT as part of the like
     python cogrpo.py                  the whole pipeline on MNIST: pretrain, measure, Co-GRPO, measure, draw
     python cogrpo.py --quick          the same, small: a smoke test
     python cogrpo.py --load out/cogrpo.pt --steps 8       measure and draw a result at another T, in out/T8
+    python cogrpo.py --bench          what Co-GRPO costs on top of the model's own passes, and its memory
+    torchrun --nproc_per_node=2 cogrpo.py                 the groups of every rollout split over two processes
 
 As a library: `pretrain`, `train`, `sample`. A model is anything with `model(tokens int64 [B, L], cond int64 [B]) ->
 logits [B, L, V]` (V tokens, never [MASK]) and the attributes seq_len, vocab_size, mask_id, null_cond (None: no
@@ -33,11 +35,17 @@ import copy
 import csv
 import hashlib
 import inspect
+import itertools
 import math
+import os
+import statistics
 import sys
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -81,12 +89,15 @@ class Settings:
     kl_schedule: float = setting(0.1, "weight of KL(schedule || hand-made)", low=0)
     bonus: float = setting(1.0, "advantage for differing from the group, per variety lost (ours); 0: none", low=0)
     grad_norm: float = setting(1.0, "each factor's gradient is clipped to this norm", low=0)
+    keep: float = setting(1.0, "learn from this share of every group, the samples of largest |advantage|", low=1e-6)
     micro_batch: int = setting(0, "samples in memory at a time; the gradient is the same (0: the whole rollout)", low=0)
     spread: float = setting(0.3, "standard deviation of the schedule's exploration", low=1e-6)
     rl_seed: int = setting(None, "seed of Co-GRPO alone (default: --seed)")
 
     def __post_init__(self):
         check_settings(self)
+        if self.keep > 1:
+            raise ValueError(f"--keep {self.keep}: a share, so at most 1")
 
 
 # --------------------------------------------------------------------------- the masked diffusion model, pretrained
@@ -257,6 +268,16 @@ class Step:
     old_model: torch.Tensor = None     # log-probs at the time of the rollout: [B, K], see `log_prob`
     old_schedule: torch.Tensor = None  # [B]
 
+    def take(self, rows, share=1):
+        """The same step of some of the samples: rows int64 [n]."""
+        return Step(**{name: x[rows] if torch.is_tensor(x) else x for name, x in vars(self).items()} | {"share": share})
+
+
+def join(steps):
+    """One step of several lots of samples -> the same step of all of them."""
+    return Step(**{name: torch.cat([getattr(step, name) for step in steps]) if torch.is_tensor(x) else x
+                   for name, x in vars(steps[0]).items()})
+
 
 def branches(model, tokens, cond, share=1):
     """l_c and l_u, each [B, L, V], from one pass of 2B rows; l_u is None for a model without guidance (B rows).
@@ -273,6 +294,17 @@ def branches(model, tokens, cond, share=1):
 def guided_logits(l_c, l_u, w):
     """Classifier-free guidance: l_c + w (l_c - l_u); w [B, 1, 1]."""
     return l_c if l_u is None else l_c + w * (l_c - l_u)
+
+
+def draw(logits):
+    """A token for every position from softmax(logits [B, L, V]): int64 [B, L].
+
+    By the cumulative distribution: one random number a position, where the usual Gumbel noise takes V, a quarter of the
+    time of a rollout on CPU.
+    """
+    cdf = logits.softmax(2).cumsum(2)
+    u = cdf[:, :, -1:] * torch.rand_like(cdf[:, :, :1])
+    return torch.searchsorted(cdf, u, right=True).clamp(max=logits.shape[2] - 1)[:, :, 0]
 
 
 def gumbel_like(x):
@@ -302,9 +334,8 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         action = mean + schedule.spread * torch.randn_like(mean) if explore else mean
         r, tau_s, tau_r, w = constrain(action)[:, :, None, None].unbind(1)
 
-        # A candidate for every position: argmax of logits / tau_s + Gumbel noise is a draw from their softmax.
         logits = guided_logits(l_c, l_u, w)
-        candidate = (logits / tau_s + gumbel_like(logits)).argmax(2)
+        candidate = draw(logits / tau_s)
 
         # Keep the most confident, by log-confidence (guided, un-tempered) + tau_r * Gumbel noise; mask the rest again,
         # but fill one at least. (Where nothing is masked that one is a given token: hence `& masked`.)
@@ -383,16 +414,26 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
     return torch.cat([factor, log_phi[:, None]], 1) * exists, exists, log_phi, mean
 
 
+def downsample(trajectory, cond, advantage, s):
+    """A rollout's samples that say most, those of largest |advantage|: a share s.keep of every group. (PODS, 2025)
+
+    What they weigh together stays what it was among all: their advantages are scaled by the share.
+    """
+    count = max(1, round(s.keep * s.group_size))
+    most = advantage.view(-1, s.group_size).abs().topk(count).indices
+    most = (most + s.group_size * torch.arange(len(most), device=most.device)[:, None]).flatten()
+    kept = [step.take(most, count if step is trajectory[0] else 1) for step in trajectory]  # a group starts alike
+    return kept, cond[most], advantage[most] * (count / s.group_size)
+
+
 def surrogate(log_p, old, advantage, clip):
     """PPO's clipped surrogate: min(ratio A, clip(ratio) A)."""
     ratio = (log_p - old).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def update(model, schedule, reference, optimizers, batches, s, which="joint"):
+def update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, which="joint"):
     """Re-score a rollout step by step and take one step of theta and phi per epoch (or of one of them: `which`).
-
-    batches: the rollout in one piece, or in as many as memory asks for: [(trajectory, cond [B], advantage [B])].
 
         loss_theta = mean over samples of sum_t [ -surrogate_theta,t / L + kl_model KL_model,t / L ]
         loss_phi   = mean over samples of (1/T) sum_t [ -surrogate_phi,t + kl_schedule KL_schedule,t ]
@@ -400,7 +441,8 @@ def update(model, schedule, reference, optimizers, batches, s, which="joint"):
     theta has a ratio for each token, phi one for each step: a product over a step's tokens leaves [1 - clip, 1 + clip]
     for most samples after a single update (ours). Returns a dict of diagnostics, of the last epoch.
     """
-    B, L, T = sum(len(cond) for _, cond, _ in batches), model.seq_len, len(batches[0][0])
+    B, L, T = len(cond), model.seq_len, len(trajectory)
+    chunks = torch.arange(B, device=cond.device).split(s.micro_batch or B)
     theta, phi = list(model.parameters()), list(schedule.parameters())
     with_theta, with_phi = which != "schedule", which != "model"
     for _ in range(s.epochs):
@@ -408,21 +450,22 @@ def update(model, schedule, reference, optimizers, batches, s, which="joint"):
                               "clip_schedule"), 0.0)
         for optimizer in optimizers:
             optimizer.zero_grad()
-        for step, cond, advantage in ((step, *of_step) for trajectory, *of_step in batches for step in trajectory):
+        for whole, rows in itertools.product(trajectory, chunks):
+            step, c, A = whole.take(rows, math.gcd(whole.share, len(chunks[0]))), cond[rows], advantage[rows]
             with torch.set_grad_enabled(with_theta):
-                l_c, l_u = branches(model, step.canvas, cond, step.share)
+                l_c, l_u = branches(model, step.canvas, c, step.share)
             with torch.no_grad():  # KL on l_c alone, un-tempered: B rows instead of 2B (ours)
-                log_q = reference(step.canvas[::step.share], cond[::step.share])
-                log_q = at_least_float32(log_q).log_softmax(2).repeat_interleave(step.share, 0)
+                log_q = at_least_float32(reference(step.canvas[::step.share], c[::step.share])).log_softmax(2)
+                log_q = log_q.repeat_interleave(step.share, 0)
             log_p = l_c.log_softmax(2)
             kl_model = ((log_p.exp() * (log_p - log_q)).sum(2) * step.masked).sum() / (B * L)
 
             log_theta, exists, log_phi, mean = log_prob(schedule, l_c, l_u, step, s.likelihood)
-            gain = surrogate(log_theta, step.old_model, advantage[:, None], s.clip)
+            gain = surrogate(log_theta, step.old_model, A[:, None], s.clip)
             loss_theta = -(gain * exists).sum() / (B * L) + s.kl_model * kl_model
 
             kl_schedule = schedule.kl(mean, step.u, step.acts).sum() / (B * T)
-            gain = surrogate(log_phi, step.old_schedule, advantage, s.clip)
+            gain = surrogate(log_phi, step.old_schedule, A, s.clip)
             loss_phi = -gain.sum() / (B * T) + s.kl_schedule * kl_schedule
 
             # Each loss reaches its own factor only; what the step's graph held is free again afterwards.
@@ -432,7 +475,7 @@ def update(model, schedule, reference, optimizers, batches, s, which="joint"):
                 loss_theta.backward(inputs=theta)
 
             with torch.no_grad():
-                per_factor = exists / exists.sum().clamp(min=1) * len(cond) / (B * T)
+                per_factor = exists / exists.sum().clamp(min=1) * len(c) / (B * T)
                 for name, new, old, weight in (("model", log_theta, step.old_model, per_factor),
                                                ("schedule", log_phi, step.old_schedule, 1 / (B * T))):
                     log_ratio = new - old
@@ -451,9 +494,13 @@ def update(model, schedule, reference, optimizers, batches, s, which="joint"):
 
 # ------------------------------------------------------------------------- training, on one process or on several
 
-def processes():
-    """(this process's rank, how many there are): (0, 1) where torchrun did not start it."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def processes(groups):
+    """(this process's rank, how many there are): (0, 1) where torchrun did not start it. ValueError where that many
+    processes cannot share the groups."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if groups % ranks:
+        raise ValueError(f"--groups {groups}: must be a multiple of the number of processes, {ranks}")
+    return rank, ranks
 
 
 def average_gradients(parameters):
@@ -483,9 +530,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     pass counted as two. ValueError where the reward has the wrong shape or is not finite. In a process group every
     process calls it and takes its share of the groups; gradients and log are averaged, the result is the same on all.
     """
-    s, (rank, ranks) = settings, processes()
-    if s.groups % ranks:
-        raise ValueError(f"--groups {s.groups}: must be a multiple of the number of processes, {ranks}")
+    s, (rank, ranks) = settings, processes(settings.groups)
     if s.rl_seed is not None:
         torch.manual_seed(s.rl_seed)
     reference, model = model.eval(), copy.deepcopy(model).eval().requires_grad_(True)
@@ -510,7 +555,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         cond = of_groups.chunk(ranks)[rank].repeat_interleave(s.group_size)
         parts = [rollout(model, schedule, c, s.steps, likelihood=s.likelihood, share=math.gcd(s.group_size, micro_batch))
                  for c in cond.split(micro_batch)]
-        tokens, trajectories = torch.cat([x for x, _ in parts]), [trajectory for _, trajectory in parts]
+        tokens, trajectory = torch.cat([x for x, _ in parts]), [join(steps) for steps in zip(*(p for _, p in parts))]
         reward = check_reward(reward_fn(tokens, cond), len(cond))
         advantage = group_advantage(reward, s.group_size)
         # Reward alone narrows: the more of the groups' variety is gone, the more it counts to differ. (ours)
@@ -520,13 +565,13 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         lost = max(0.0, 1 - sum(now) / max(sum(then), 1e-9))
         advantage += s.bonus * lost * group_advantage(difference, s.group_size)
         which = turns[i % len(turns)]
-        diagnostics = update(model, schedule, reference, optimizers, list(zip(
-            trajectories, cond.split(micro_batch), advantage.split(micro_batch))), s, which)
+        kept = downsample(trajectory, cond, advantage, s)
+        row = describe(trajectory, reward, s.group_size, schedule.spread) | update(
+            model, schedule, reference, optimizers, *kept, s, which)
 
-        passes = ranks * sum(len(step.canvas) // step.share for trajectory in trajectories for step in trajectory)
         halves = 1 if model.null_cond is None else 2
-        rows += passes * (halves + s.epochs * (halves * (1 if which == "schedule" else 3) + 1))
-        row = describe(trajectories, reward, s.group_size, schedule.spread) | diagnostics
+        rows += ranks * (halves * sum(len(step.canvas) // step.share for step in trajectory) + s.epochs * (
+            halves * (1 if which == "schedule" else 3) + 1) * sum(len(step.canvas) // step.share for step in kept[0]))
         row = dict(zip(row, gathered(reward.new_tensor([list(row.values())])).mean(0).tolist()))
         row = {"iter": i, "rows": rows, "variety_lost": lost} | row
         if not all(map(math.isfinite, row.values())):
@@ -541,14 +586,13 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return model, schedule, log
 
 
-def describe(trajectories, reward, group_size, spread):
+def describe(trajectory, reward, group_size, spread):
     """Diagnostics of a rollout: its rewards, and the schedule's four parameters, averaged over the steps where they act,
     with how much each mean varies over canvases, in units of the exploration spread."""
     groups = reward.view(-1, group_size)
     equal = (groups.amax(1) == groups.amin(1)).float().mean()
-    mean, acts = (torch.cat([torch.stack([getattr(step, name) for step in trajectory]) for trajectory in trajectories], 1)
-                  for name in ("mean", "acts"))  # [T, B, 4]
-    acting = acts.any(1).to(mean)  # [T, 4]
+    mean = torch.stack([step.mean for step in trajectory])  # [T, B, 4]
+    acting = torch.stack([step.acts.any(0) for step in trajectory]).to(mean)  # [T, 4]
     acting /= acting.sum(0).clamp(min=1)
     value, moves = (constrain(mean).mean(1) * acting).sum(0), (mean.std(1) * acting).sum(0) / spread
     return ({"reward": float(reward.mean()), "group_std": float(groups.std(1).mean()), "groups_equal": float(equal)}
@@ -604,6 +648,8 @@ def command_line(argv, world_settings):
     run.add_argument("--seed", type=int, default=0, help="of data split, judges, pretraining, everything (0)")
     run.add_argument("--quick", action="store_true", help="every stage and file, but small: a smoke test")
     run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure and draw it, no training")
+    run.add_argument("--bench", action="store_true", help="time Co-GRPO against the bare model passes that it needs; no data")
+    run.add_argument("--bench-tokens", type=int, default=49, metavar="L", help="length of --bench's random sequences (49)")
     run.add_argument("--eval-samples", type=int, default=argparse.SUPPRESS, metavar="N",
                      help="samples that each row is measured on (1000)")
     owners = {"Co-GRPO": Settings, "model and pretraining": ModelSettings, "toy world": world_settings}
@@ -630,8 +676,19 @@ def command_line(argv, world_settings):
 
 
 def stop(message):
-    print(f"cogrpo.py: error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"cogrpo.py: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def join_processes(device):
+    """Under torchrun: find the others. Rank 0 alone prints and writes; where one dies, torchrun ends the rest."""
+    if "RANK" in os.environ:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
 
 
 def pick_device(name):
@@ -783,6 +840,97 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
                 ("KL(schedule || hand-made), nats a step", "kl_schedule", toy.INK))])
 
 
+def median_seconds(device, repeats, **timed):
+    """Median time of each function, taken in turns so that all see the same machine; the first round warms up."""
+    seconds = {name: [] for name in timed}
+    for _ in range(repeats + 1):
+        for name, function in timed.items():
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def bench_world(settings, model_settings, vocab_size, seq_len, device):
+    """A model with random weights and all that one iteration of `train` takes."""
+    torch.manual_seed(0)
+    model = MDM(seq_len, vocab_size, 10, model_settings.dim, model_settings.depth, model_settings.heads).to(device).eval()
+    return model, lambda tokens, cond: torch.rand(len(cond), device=device), torch.arange(10, device=device), settings
+
+
+def peak_memory(*world):
+    """MB that an iteration needs on top of what its process held before. On CPU call it in a process of its own."""
+    device = world[-1]
+    model, reward_fn, conds, settings = bench_world(*world)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train(model, reward_fn, conds, replace(settings, iters=2))
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    import resource
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    train(model, reward_fn, conds, replace(settings, iters=2))
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+
+
+def bench(settings, model_settings, vocab_size, seq_len, device, repeats=7):
+    """Print what Co-GRPO costs on top of the model's own passes, and how its memory grows with T."""
+    s = replace(settings, iters=repeats + 1)
+    model, reward_fn, conds, _ = bench_world(s, model_settings, vocab_size, seq_len, device)
+    schedule, B = Schedule(s.spread).to(device), s.groups * s.group_size
+    cond = conds[torch.arange(s.groups, device=device) % 10].repeat_interleave(s.group_size)
+    _, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood, share=s.group_size)
+    kept = downsample(trajectory, cond, torch.randn(B, device=device), s)
+    still = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
+    drawn, scored = ([(step.canvas[::step.share], c[::step.share]) for step in steps]
+                     for steps, c in ((trajectory, cond), kept[:2]))
+
+    def forward():
+        with torch.no_grad():
+            for tokens, c in drawn:
+                model(torch.cat([tokens, tokens]), torch.cat([c, c]))
+
+    def forward_backward():
+        for tokens, c in scored:
+            model(torch.cat([tokens, tokens]), torch.cat([c, c])).sum().backward()
+
+    def reference():
+        with torch.no_grad():
+            for tokens, c in scored:
+                model(tokens, c)
+
+    times, left = {"whole": []}, []
+
+    def on_iteration(*_):  # between two iterations of the real `train`, the passes that one of them needs
+        if left:
+            times["whole"].append(time.perf_counter() - left[0])
+        for name, seconds in median_seconds(device, 1, forward=forward, forward_backward=forward_backward,
+                                            reference=reference, rollout=lambda: rollout(
+                                                model, schedule, cond, s.steps, likelihood=s.likelihood, share=s.group_size),
+                                            update=lambda: update(model, schedule, model, still, *kept, s)).items():
+            times.setdefault(name, []).append(seconds)
+        left[:] = [time.perf_counter()]
+    train(model, reward_fn, conds, s, on_iteration)
+    t = {name: statistics.median(values) for name, values in times.items()}
+    passes = t["forward_backward"] + t["reference"]
+    print(f"T = {s.steps}, {B} samples in groups of {s.group_size}, {seq_len} tokens of {vocab_size}, dim {model_settings.dim}, depth "
+          f"{model_settings.depth}, on {device}; median of {repeats}\n")
+    print("| | ms | bare passes, ms | ratio |", "|---" * 4 + "|", sep="\n")
+    for name, ours, bare in (("rollout", t["rollout"], t["forward"]), ("re-scoring and its backward", t["update"], passes),
+                             ("whole iteration", t["whole"], t["forward"] + passes)):
+        print(f"| {name} | {1e3 * ours:.0f} | {1e3 * bare:.0f} | {ours / bare:.2f} |")
+    print(f"\n{B / t['whole']:.0f} images a second\n\n| T | peak memory, MB | to T = 4 |\n|---|---|---|")
+    peaks = {}
+    for T in (T for T in (4, 8, 16, 32) if T <= seq_len):
+        world = replace(s, steps=T), model_settings, vocab_size, seq_len, device
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # peak memory of a process never falls
+            peaks[T] = pool.submit(peak_memory, *world).result()
+        print(f"| {T} | {peaks[T]:.0f} | {peaks[T] / (peaks[4] or 1):.2f} |")
+
+
 def run(argv, progress):
     """The main job. `progress["saved"]` says which checkpoint a Ctrl-C leaves."""
     import toy_reward as toy
@@ -792,6 +940,10 @@ def run(argv, progress):
         raise ValueError(f"--steps {settings.steps}: T must be in 1..{toy.SEQ_LEN}, the number of tokens")
     device, log = pick_device(args.device), []
     torch.set_float32_matmul_precision("high")  # TF32 where the card has it
+    if args.bench:
+        return bench(settings, model_settings, world_settings.codebook_size, args.bench_tokens, device)
+    join_processes(device)
+    rank, ranks = processes(settings.groups)
     if args.load:
         saved = load_checkpoint(args.load, device)
         print(f"{args.load}: {saved['iterations']} iterations at T = {saved['settings'].steps}")
@@ -801,7 +953,13 @@ def run(argv, progress):
     else:
         out = writable_folder("--out", args.out or "out")
         writable_folder("--cache", args.cache)
+        if rank > 0:
+            dist.barrier()  # rank 0 makes the world, the others find it in the cache
         world, base, mdm, facts = get_world(args, model_settings, world_settings, device)
+        if rank > 0:
+            return train(base, world.reward, torch.arange(toy.CLASSES, device=device), settings)
+        if ranks > 1:
+            dist.barrier()
         print(", ".join(f"{name} {value:.3f}" for name, value in facts.items()))
 
     T = settings.steps
@@ -845,6 +1003,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"\ninterrupted; {progress.get('saved', 'no checkpoint was written yet')}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -46,11 +46,6 @@ def conds(n, classes=3):
     return torch.arange(n, device=DEVICE) % classes
 
 
-def rows(step, index):
-    """Some samples of a step."""
-    return Step(**{name: x[index] if torch.is_tensor(x) else x for name, x in vars(step).items()})
-
-
 # --------------------------------------------------------------------------------------------- rollout and schedule
 
 @pytest.mark.parametrize("steps", [1, 3, 6])
@@ -199,7 +194,7 @@ def one_update(model, schedule, reference, which="joint", lr=0.0, advantage=None
     _, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
     advantage = torch.randn(48, dtype=torch.float64, device=DEVICE) if advantage is None else advantage
     optimizers = torch.optim.SGD(model.parameters(), lr), torch.optim.SGD(schedule.parameters(), lr)
-    row = update(model, schedule, reference, optimizers, [(trajectory, cond, advantage)], s, which)
+    row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, which)
     gradients = [torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
                             for p in part.parameters()]) for part in (model, schedule)]
     return row, *gradients
@@ -322,7 +317,7 @@ def test_ratios_are_to_the_rollouts_log_probs_and_clip_each_factor(likelihood):
         for step in trajectory:
             step.old_model, step.old_schedule = step.old_model - 0.5, step.old_schedule - 0.5
         optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-        row = update(model, schedule, model, optimizers, [(trajectory, cond, torch.full_like(cond, advantage).double())], s)
+        row = update(model, schedule, model, optimizers, trajectory, cond, torch.full_like(cond, advantage).double(), s)
         assert row["clip_model"] == pytest.approx(1) and row["clip_schedule"] == pytest.approx(1)
         assert (row["grad_model"] == 0 and row["grad_schedule"] == 0) == silent
 
@@ -338,6 +333,82 @@ def test_one_steps_graph_is_freed_before_the_next():
     model.register_forward_hook(hook)
     one_update(model, a_schedule(), a_model(), steps=6)
     assert len(alive) == 6 and max(alive) <= 1  # the loop's own names still hold the last one's output, no more
+
+
+@pytest.mark.parametrize("micro_batch", [1, 5, 16, 48])
+def test_micro_batches_give_the_same_gradient(micro_batch):
+    """A larger model fits by fewer samples at a time; what it learns must not depend on how many."""
+    whole, part = (one_update(a_model(), a_schedule(), a_model(seed=9), micro_batch=m) for m in (0, micro_batch))
+    for one, other in zip(whole[1:], part[1:]):
+        assert (one - other).norm() < 1e-9 * one.norm()
+    assert part[0] == pytest.approx(whole[0], rel=1e-6, abs=1e-12)
+
+
+def test_a_group_needs_one_pass_for_its_first_canvas():
+    """It starts alike: the same log-probs and the same gradient from a twelfth of the rows."""
+    cond, s, results = conds(4).repeat_interleave(12), Settings(steps=3, grad_norm=1e9), []
+    for share in (1, 12):
+        model, schedule = a_model(), a_schedule()
+        torch.manual_seed(3)
+        tokens, trajectory = rollout(model, schedule, cond, 3, share=share)
+        optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
+        update(model, schedule, a_model(seed=9), optimizers, trajectory, cond, torch.linspace(-2, 1, 48).to(model.position), s)
+        results.append((tokens, flat(p.grad for part in (model, schedule) for p in part.parameters())))
+    assert torch.equal(results[0][0], results[1][0])
+    assert (results[0][1] - results[1][1]).norm() < 1e-9 * results[0][1].norm()
+
+
+def test_downsampling_keeps_the_largest_advantages_of_every_group():
+    _, trajectory = rollout(a_model(), a_schedule(), conds(2).repeat_interleave(4), 2, share=4)
+    advantage = torch.tensor([0.1, -2, 1, 0.5, 3, -0.2, 0.1, -4]).double().to(DEVICE)
+    kept, cond, weighed = cogrpo.downsample(trajectory, conds(2).repeat_interleave(4), advantage, Settings(keep=0.5,
+                                                                                                         group_size=4))
+    assert weighed.tolist() == [-1, 0.5, -2, 1.5] and cond.tolist() == [0, 0, 1, 1]
+    assert torch.equal(kept[1].canvas, trajectory[1].canvas[[1, 2, 7, 4]]) and [step.share for step in kept] == [2, 1]
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_log_counts_the_rows_that_go_through_the_model(guided):
+    """Forward 1, backward 2: the unit in which two settings can be compared, whatever the machine."""
+    model, seen = a_model(guided=guided), []
+    model.register_forward_hook(lambda module, args, output: seen.append(len(args[0]) * (3 if output.requires_grad else 1)))
+    log = train(model, lambda x, c: torch.rand(len(x)), conds(3), Settings(iters=2, steps=3, groups=3, group_size=4,
+                                                                         epochs=2, keep=0.5))[2]
+    assert log[-1]["rows"] == sum(seen) and log[0]["rows"] == sum(seen) / 2
+
+
+def a_batch(rank, ranks):
+    """Every process makes the same rollout and takes its part of the samples."""
+    model, schedule, part = a_model(), a_schedule(), torch.arange(48, device=DEVICE).chunk(ranks)[rank]
+    torch.manual_seed(3)
+    _, trajectory = rollout(model, schedule, conds(48), 3)
+    optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
+    advantage = torch.linspace(-2, 1, 48).to(model.position)[part]
+    update(model, schedule, a_model(seed=9), optimizers, [step.take(part) for step in trajectory], conds(48)[part], advantage,
+           Settings(steps=3, grad_norm=1e9))
+    return flat(p.grad for module in (model, schedule) for p in module.parameters())
+
+
+def one_of_two(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(a_batch(rank, 2).cpu(), f"{folder}/gradient{rank}.pt")
+    with pytest.raises(ValueError, match="--groups 3: must be a multiple"):
+        train(a_model(), None, conds(3), Settings(groups=3))
+    model, schedule, log = train(a_model(), lambda x, c: (x == 0).double().mean(1), conds(4), Settings(
+        iters=3, groups=4, group_size=4, steps=2, rl_seed=0))
+    torch.save([p.cpu() for p in (*model.parameters(), *schedule.parameters())] + [log[-1]["reward"]],
+               f"{folder}/trained{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    """And after a few iterations of `train`, each on its own rollouts, both hold the same weights."""
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    wanted = a_batch(0, 1).cpu()
+    for rank in (0, 1):
+        assert (torch.load(tmp_path / f"gradient{rank}.pt") - wanted).norm() < 1e-9 * wanted.norm()
+    first, second = (torch.load(tmp_path / f"trained{rank}.pt") for rank in (0, 1))
+    assert first[-1] == second[-1] and all(torch.equal(p, q) for p, q in zip(first[:-1], second[:-1]))
 
 
 def test_the_schedule_is_credited_once_a_step_and_theta_once_a_token():
@@ -470,7 +541,7 @@ def updates_gradient(likelihood, model, schedule, actions, table):
     # The update's loss is -sum_i advantage_i log p_i / (N L): hand it the probability-weighted rewards.
     s = Settings(likelihood=likelihood, kl_model=0, grad_norm=1e99, steps=len(actions))
     optimizers = torch.optim.SGD(theta, 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-    update(model, schedule, model, optimizers, [(trajectory, cond, p * table[tuple(tokens.T)] * N)], s, "model")
+    update(model, schedule, model, optimizers, trajectory, cond, p * table[tuple(tokens.T)] * N, s, "model")
     return -3 * flat(q.grad for q in theta)
 
 
@@ -480,7 +551,7 @@ def scores(model, schedule, trajectory, likelihood):
     for step in trajectory:
         did = torch.cat([step.canvas, step.candidate, step.filled, step.last, step.threshold], 1)
         _, which = did.unique(dim=0, return_inverse=True)
-        ones = [rows(step, (which == k).nonzero()[0]) for k in range(int(which.max()) + 1)]
+        ones = [step.take((which == k).nonzero()[0]) for k in range(int(which.max()) + 1)]
         total = total + torch.stack([flat(torch.autograd.grad(total_log_prob(model, schedule, [one], likelihood),
                                                               list(model.parameters()))) for one in ones])[which]
     return total
@@ -537,7 +608,7 @@ def test_the_sampled_estimator_converges_to_the_true_gradient(monkeypatch):
     s = Settings(likelihood="exact", kl_model=0, grad_norm=1e99, steps=2)
     optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
     batch = drawn, torch.zeros(n, dtype=torch.long), table[tuple(tokens.T)] - J / density
-    update(model, schedule, model, optimizers, [batch], s, "model")
+    update(model, schedule, model, optimizers, *batch, s, "model")
     p, tokens, trajectory = as_the_likelihood_sees_it("exact", model, schedule, actions)
     estimator = (table[tuple(tokens.T)] - J / density)[:, None] * scores(model, schedule, trajectory, "exact")
     error = ((p / density @ estimator.square() - (true / density).square()) / n).sqrt()
@@ -569,7 +640,7 @@ def test_phis_estimator_converges_to_a_quadrature(monkeypatch):
     tokens, drawn = rollout(model, schedule, cond, 1)
     advantage = reward[tuple(tokens.T)] - J.detach()
     optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-    update(model, schedule, model, optimizers, [(drawn, cond, advantage)],
+    update(model, schedule, model, optimizers, drawn, cond, advantage,
            Settings(steps=1, kl_schedule=0, grad_norm=1e99), "schedule")
     weight = advantage * (drawn[0].action[:, 1] - mean[1].detach()) / schedule.spread ** 2
     got, wanted = (float(-flat(q.grad for q in schedule.parameters()) @ direction / direction.square().sum()),
@@ -812,6 +883,13 @@ def test_the_pipeline_end_to_end(tmp_path, capsys, monkeypatch):
 
     cogrpo.main(["--load=out/cogrpo.pt", "--steps=8", "--out=other", "--device=cpu", "--eval-samples=100"])
     assert "Co-GRPO T=8" in capsys.readouterr().out and Path("other/decoding.gif").exists()
+
+
+def test_the_benchmark_runs(capsys):
+    cogrpo.main(["--bench", "--device=cpu", "--dim=16", "--depth=1", "--groups=2", "--group-size=4", "--bench-tokens=4"])
+    table = re.findall(r"^\| (.*?) \|(?: (\d+) \|){2} (\d+\.\d+) \|$", capsys.readouterr().out, re.M)
+    assert [row[0] for row in table] == ["rollout", "re-scoring and its backward", "whole iteration"]
+    assert all(float(row[2]) > 0 for row in table)
 
 
 def test_interrupting_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
