@@ -813,10 +813,10 @@ def test_another_domain_through_the_seams(guided):
     test = conds(400, 2)
     before = alternating(sample(model, Schedule().to(DEVICE), test, 2), test).mean()
     weights = [p.clone() for p in model.parameters()]
-    better, schedule, log = train(model, alternating, conds(2, 2), Settings(steps=2, iters=40, groups=4, lr=2e-3,
-                                                                           kl_model=0.1, rl_seed=1))
+    better, schedule, log = train(model, alternating, conds(2, 2), Settings(steps=2, iters=80, groups=4, lr=3e-3,
+                                                                           kl_model=0.05, rl_seed=1))
     after = alternating(sample(better, schedule, test, 2), test).mean()
-    assert before < 0.6 and after > before + 0.15 and len(log) == 40
+    assert before < 0.6 and after > before + 0.2 and len(log) == 80
     assert all(torch.equal(p, q) for p, q in zip(weights, model.parameters()))  # the model given is left as it was
     given = torch.full((400, 8), model.mask_id, device=DEVICE)
     given[:, 3] = 1
