@@ -316,8 +316,8 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
     """Fill canvases in T steps. cond int64 [B]; returns (tokens int64 [B, L], the T `Step`s).
 
     tokens: canvases to start from, int64 [B, L] with mask_id where to fill (default: everywhere). explore: draw the
-    schedule's parameters; else take their mean, and keep no log-probs. share: that many neighbours start alike (the group
-    size, where conditions come in groups): their first step needs one model pass. ValueError for a T outside 1..L.
+    schedule's parameters; else take their mean, and keep no log-probs. share: that many neighbours start alike (groups
+    do, without a prompt), so their first step needs one model pass. ValueError for a T outside 1..L.
     """
     if not 1 <= steps <= model.seq_len:
         raise ValueError(f"--steps {steps}: T must be in 1..{model.seq_len}, the number of tokens")
@@ -343,9 +343,10 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         score = (confidence + tau_r[:, 0] * gumbel_like(confidence)).masked_fill(~masked, -math.inf)
         left = torch.zeros_like(count) if final else torch.minimum((r[:, 0, 0] * at_start).floor().long(), count - 1)
         ranked, order = score.sort(1, descending=True)
-        rank = (count - left - 1).clamp(min=0)[:, None]  # of the last to be kept
-        threshold, last = ranked.gather(1, rank), order.gather(1, rank)
-        filled = torch.zeros_like(masked).scatter(1, order, torch.arange(len(order[0]), device=rank.device) <= rank) & masked
+        rank = torch.arange(model.seq_len, device=cond.device).expand_as(order)
+        final_rank = (count - left - 1).clamp(min=0)[:, None]  # of the last to be kept
+        threshold, last = ranked.gather(1, final_rank), order.gather(1, final_rank)
+        filled = torch.zeros_like(masked).scatter(1, order, rank <= final_rank) & masked
 
         ranks, some = (count > 1) & (not final), count > 0  # r and tau_r need a choice to act on, w needs guidance
         acts = torch.stack([ranks, some, ranks, some & (l_u is not None)], 1)
@@ -546,6 +547,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     log, rows, variety = [], 0, {}  # variety: each condition's, when it was first seen
     turns = ("model", "schedule") if s.update == "alternate" else (s.update,)
     micro_batch = s.micro_batch or s.groups * s.group_size
+    share = math.gcd(s.group_size, micro_batch)  # of a group's samples that start together, in one row
     bar = tqdm(range(s.iters), "Co-GRPO", unit="iter", disable=rank > 0)
     for i in bar:
         for optimizer, lr in zip(optimizers, (s.lr, s.schedule_lr)):
@@ -553,9 +555,9 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         first = i // len(turns) * s.groups  # theta and phi take their turns on the same conditions
         of_groups = conds[torch.arange(first, first + s.groups, device=conds.device) % len(conds)]
         cond = of_groups.chunk(ranks)[rank].repeat_interleave(s.group_size)
-        parts = [rollout(model, schedule, c, s.steps, likelihood=s.likelihood, share=math.gcd(s.group_size, micro_batch))
-                 for c in cond.split(micro_batch)]
-        tokens, trajectory = torch.cat([x for x, _ in parts]), [join(steps) for steps in zip(*(p for _, p in parts))]
+        tokens, parts = zip(*[rollout(model, schedule, c, s.steps, likelihood=s.likelihood, share=share)
+                              for c in cond.split(micro_batch)])
+        tokens, trajectory = torch.cat(tokens), [join(steps) for steps in zip(*parts)]
         reward = check_reward(reward_fn(tokens, cond), len(cond))
         advantage = group_advantage(reward, s.group_size)
         # Reward alone narrows: the more of the groups' variety is gone, the more it counts to differ. (ours)
@@ -569,9 +571,9 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         row = describe(trajectory, reward, s.group_size, schedule.spread) | update(
             model, schedule, reference, optimizers, *kept, s, which)
 
-        halves = 1 if model.null_cond is None else 2
-        rows += ranks * (halves * sum(len(step.canvas) // step.share for step in trajectory) + s.epochs * (
-            halves * (1 if which == "schedule" else 3) + 1) * sum(len(step.canvas) // step.share for step in kept[0]))
+        drawn, scored = (sum(len(step.canvas) // step.share for step in steps) for steps in (trajectory, kept[0]))
+        halves, backward = 1 if model.null_cond is None else 2, 0 if which == "schedule" else 2
+        rows += ranks * (halves * drawn + s.epochs * (halves * (1 + backward) + 1) * scored)  # + 1: the reference
         row = dict(zip(row, gathered(reward.new_tensor([list(row.values())])).mean(0).tolist()))
         row = {"iter": i, "rows": rows, "variety_lost": lost} | row
         if not all(map(math.isfinite, row.values())):
@@ -587,8 +589,8 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
 
 
 def describe(trajectory, reward, group_size, spread):
-    """Diagnostics of a rollout: its rewards, and the schedule's four parameters, averaged over the steps where they act,
-    with how much each mean varies over canvases, in units of the exploration spread."""
+    """Diagnostics of a rollout: its rewards, and the schedule's four parameters, averaged over the steps where they
+    act, with how much each mean varies over canvases, in units of the exploration spread."""
     groups = reward.view(-1, group_size)
     equal = (groups.amax(1) == groups.amin(1)).float().mean()
     mean = torch.stack([step.mean for step in trajectory])  # [T, B, 4]
@@ -648,8 +650,8 @@ def command_line(argv, world_settings):
     run.add_argument("--seed", type=int, default=0, help="of data split, judges, pretraining, everything (0)")
     run.add_argument("--quick", action="store_true", help="every stage and file, but small: a smoke test")
     run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure and draw it, no training")
-    run.add_argument("--bench", action="store_true", help="time Co-GRPO against the bare model passes that it needs; no data")
-    run.add_argument("--bench-tokens", type=int, default=49, metavar="L", help="length of --bench's random sequences (49)")
+    run.add_argument("--bench", action="store_true", help="time Co-GRPO against the model passes it needs; no data")
+    run.add_argument("--bench-tokens", type=int, default=49, metavar="L", help="length of --bench's sequences (49)")
     run.add_argument("--eval-samples", type=int, default=argparse.SUPPRESS, metavar="N",
                      help="samples that each row is measured on (1000)")
     owners = {"Co-GRPO": Settings, "model and pretraining": ModelSettings, "toy world": world_settings}
@@ -840,93 +842,74 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
                 ("KL(schedule || hand-made), nats a step", "kl_schedule", toy.INK))])
 
 
-def median_seconds(device, repeats, **timed):
-    """Median time of each function, taken in turns so that all see the same machine; the first round warms up."""
-    seconds = {name: [] for name in timed}
-    for _ in range(repeats + 1):
+def bench_world(settings, model_settings, vocab_size, seq_len, device):
+    """What one iteration of `train` takes: a model with random weights, a reward, conditions, settings."""
+    torch.manual_seed(0)
+    m = model_settings
+    model = MDM(seq_len, vocab_size, 10, m.dim, m.depth, m.heads).to(device)
+    return model, lambda tokens, cond: torch.rand(len(cond), device=device), torch.arange(10, device=device), settings
+
+
+def peak_memory(*world):
+    """MB that an iteration needs on top of what there was before: on the CUDA device, else in this process (Linux)."""
+    def used(name):
+        status = open("/proc/self/status") if os.path.exists("/proc/self/status") else ()
+        return next((int(line.split()[1]) / 2 ** 10 for line in status if line.startswith(name)), 0.0)
+
+    cuda, arguments = world[-1].type == "cuda", bench_world(*world)
+    before = torch.cuda.memory_allocated() / 2 ** 20 if cuda else used("VmRSS:")
+    train(*arguments)
+    return (torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else used("VmHWM:")) - before
+
+
+def bench(settings, model_settings, vocab_size, seq_len, device, repeats=8):
+    """Print what Co-GRPO costs on top of the model's own passes, and how its memory grows with T."""
+    s = replace(settings, iters=repeats)
+    model, reward_fn, conds, _ = bench_world(s, model_settings, vocab_size, seq_len, device)
+    schedule, share = Schedule(s.spread).to(device), s.group_size
+    cond = conds[torch.arange(s.groups, device=device) % 10].repeat_interleave(share)
+    _, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood, share=share)
+    kept = downsample(trajectory, cond, torch.randn(len(cond), device=device), s)
+    still = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
+
+    def bare(steps, c, halves, backward=False):
+        for step in steps:
+            with torch.set_grad_enabled(backward):
+                logits = model(torch.cat([step.canvas[::step.share]] * halves), torch.cat([c[::step.share]] * halves))
+            if backward:
+                logits.sum().backward()
+
+    timed = {"forward": lambda: bare(trajectory, cond, 2), "backward": lambda: bare(*kept[:2], 2, backward=True),
+             "reference": lambda: bare(*kept[:2], 1), "update": lambda: update(model, schedule, model, still, *kept, s),
+             "rollout": lambda: rollout(model, schedule, cond, s.steps, likelihood=s.likelihood, share=share)}
+    times, left = {name: [] for name in ("iteration", *timed)}, []
+
+    def on_iteration(*_):  # after each iteration of the real `train`, its parts and the passes that it needs, in turns
+        times["iteration"] += [time.perf_counter() - start for start in left]
         for name, function in timed.items():
             start = time.perf_counter()
             function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
-
-
-def bench_world(settings, model_settings, vocab_size, seq_len, device):
-    """A model with random weights and all that one iteration of `train` takes."""
-    torch.manual_seed(0)
-    model = MDM(seq_len, vocab_size, 10, model_settings.dim, model_settings.depth, model_settings.heads).to(device).eval()
-    return model, lambda tokens, cond: torch.rand(len(cond), device=device), torch.arange(10, device=device), settings
-
-
-def peak_memory(*world):
-    """MB that an iteration needs on top of what its process held before. On CPU call it in a process of its own."""
-    device = world[-1]
-    model, reward_fn, conds, settings = bench_world(*world)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train(model, reward_fn, conds, replace(settings, iters=2))
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    import resource
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    train(model, reward_fn, conds, replace(settings, iters=2))
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
-
-
-def bench(settings, model_settings, vocab_size, seq_len, device, repeats=7):
-    """Print what Co-GRPO costs on top of the model's own passes, and how its memory grows with T."""
-    s = replace(settings, iters=repeats + 1)
-    model, reward_fn, conds, _ = bench_world(s, model_settings, vocab_size, seq_len, device)
-    schedule, B = Schedule(s.spread).to(device), s.groups * s.group_size
-    cond = conds[torch.arange(s.groups, device=device) % 10].repeat_interleave(s.group_size)
-    _, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood, share=s.group_size)
-    kept = downsample(trajectory, cond, torch.randn(B, device=device), s)
-    still = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-    drawn, scored = ([(step.canvas[::step.share], c[::step.share]) for step in steps]
-                     for steps, c in ((trajectory, cond), kept[:2]))
-
-    def forward():
-        with torch.no_grad():
-            for tokens, c in drawn:
-                model(torch.cat([tokens, tokens]), torch.cat([c, c]))
-
-    def forward_backward():
-        for tokens, c in scored:
-            model(torch.cat([tokens, tokens]), torch.cat([c, c])).sum().backward()
-
-    def reference():
-        with torch.no_grad():
-            for tokens, c in scored:
-                model(tokens, c)
-
-    times, left = {"whole": []}, []
-
-    def on_iteration(*_):  # between two iterations of the real `train`, the passes that one of them needs
-        if left:
-            times["whole"].append(time.perf_counter() - left[0])
-        for name, seconds in median_seconds(device, 1, forward=forward, forward_backward=forward_backward,
-                                            reference=reference, rollout=lambda: rollout(
-                                                model, schedule, cond, s.steps, likelihood=s.likelihood, share=s.group_size),
-                                            update=lambda: update(model, schedule, model, still, *kept, s)).items():
-            times.setdefault(name, []).append(seconds)
+            times[name].append(time.perf_counter() - start)
         left[:] = [time.perf_counter()]
+
     train(model, reward_fn, conds, s, on_iteration)
-    t = {name: statistics.median(values) for name, values in times.items()}
-    passes = t["forward_backward"] + t["reference"]
-    print(f"T = {s.steps}, {B} samples in groups of {s.group_size}, {seq_len} tokens of {vocab_size}, dim {model_settings.dim}, depth "
-          f"{model_settings.depth}, on {device}; median of {repeats}\n")
-    print("| | ms | bare passes, ms | ratio |", "|---" * 4 + "|", sep="\n")
-    for name, ours, bare in (("rollout", t["rollout"], t["forward"]), ("re-scoring and its backward", t["update"], passes),
-                             ("whole iteration", t["whole"], t["forward"] + passes)):
-        print(f"| {name} | {1e3 * ours:.0f} | {1e3 * bare:.0f} | {ours / bare:.2f} |")
-    print(f"\n{B / t['whole']:.0f} images a second\n\n| T | peak memory, MB | to T = 4 |\n|---|---|---|")
+    t = {name: 1e3 * statistics.median(values[1:]) for name, values in times.items()}
+    print(f"T = {s.steps}, {s.groups} groups of {share}, {seq_len} tokens of {vocab_size}, dim {model_settings.dim}, "
+          f"depth {model_settings.depth}, {device}; medians\n\n| | ms | bare passes, ms | ratio |\n|---|---|---|---|")
+    rescoring = t["backward"] + t["reference"]
+    for name, ours, passes in (("rollout", t["rollout"], t["forward"]),
+                               ("re-scoring and its backward", t["update"], rescoring),
+                               ("whole iteration", t["iteration"], t["forward"] + rescoring)):
+        print(f"| {name} | {ours:.0f} | {passes:.0f} | {ours / passes:.2f} |")
+    print(f"\n{1e3 * len(cond) / t['iteration']:.0f} images a second\n\n| T | peak memory, MB | to T = 4 |",
+          "|---" * 3 + "|", sep="\n")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # glibc: freed is freed, or fragments would be counted as in use
     peaks = {}
     for T in (T for T in (4, 8, 16, 32) if T <= seq_len):
-        world = replace(s, steps=T), model_settings, vocab_size, seq_len, device
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # peak memory of a process never falls
+        world = replace(s, steps=T, iters=2), model_settings, vocab_size, seq_len, device
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a process's peak memory never falls
             peaks[T] = pool.submit(peak_memory, *world).result()
         print(f"| {T} | {peaks[T]:.0f} | {peaks[T] / (peaks[4] or 1):.2f} |")
 
