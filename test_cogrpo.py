@@ -29,6 +29,9 @@ def a_model(seq_len=6, vocab=5, conds=3, guided=True, seed=0, dtype=torch.float6
         for p in (model.token.weight, model.cond.weight, model.position):
             p.normal_()
         model.head.weight.mul_(sharp)
+        for block in model.blocks:  # they start as the identity; here positions see each other
+            for last in (block.proj, block.mlp[2]):
+                last.weight.normal_(std=0.25)
     if not guided:
         model.null_cond = None
     return model
@@ -138,12 +141,13 @@ def test_schedule_log_prob_is_the_normals_over_the_parameters_that_act():
 def test_rescoring_returns_the_stored_log_probs(likelihood, guided):
     """The ratio is exactly 1 while the weights are unchanged, or the clip and approx_kl would be of something else."""
     model, schedule = a_model(guided=guided, dtype=torch.float32), a_schedule(dtype=torch.float32)
+    close = 1e-5 if DEVICE == "cpu" else 0.05  # bf16
     _, trajectory = rollout(model, schedule, conds(32), 4, likelihood=likelihood)
     for step in trajectory:
         log_theta, exists, log_phi, _ = log_prob(schedule, *cogrpo.branches(model, step.canvas, conds(32)), step,
                                                  likelihood)
-        assert (log_theta - step.old_model).abs().max() < 1e-5
-        assert (log_phi - step.old_schedule).abs().max() < 1e-5
+        assert (log_theta - step.old_model).abs().max() < close
+        assert (log_phi - step.old_schedule).abs().max() < close
         assert (step.old_model[exists] != 0).double().mean() > 0.98 and (step.old_model[~exists] == 0).all()
 
 
@@ -215,8 +219,8 @@ def test_both_kls_are_zero_at_the_start_and_pull_back_after_a_perturbation():
 
 
 def test_kls_against_torch_distributions():
-    """Values and gradients: KL(current || reference) on the un-tempered l_c, summed over the masked positions; and of two
-    Gaussians, whose statistics send nothing back to theta."""
+    """Values and gradients: KL(current || reference) on the un-tempered l_c, summed over the masked positions; and of
+    two Gaussians, whose statistics send nothing back to theta."""
     model, schedule, reference = a_model(), a_schedule(), a_model(seed=9)
     none = torch.zeros(48, dtype=torch.float64, device=DEVICE)
     row, theta, phi = one_update(model, schedule, reference, advantage=none, kl_model=0.7, kl_schedule=0.3)
@@ -352,7 +356,8 @@ def test_a_group_needs_one_pass_for_its_first_canvas():
         torch.manual_seed(3)
         tokens, trajectory = rollout(model, schedule, cond, 3, share=share)
         optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-        update(model, schedule, a_model(seed=9), optimizers, trajectory, cond, torch.linspace(-2, 1, 48).to(model.position), s)
+        advantage = torch.linspace(-2, 1, 48).to(model.position)
+        update(model, schedule, a_model(seed=9), optimizers, trajectory, cond, advantage, s)
         results.append((tokens, flat(p.grad for part in (model, schedule) for p in part.parameters())))
     assert torch.equal(results[0][0], results[1][0])
     assert (results[0][1] - results[1][1]).norm() < 1e-9 * results[0][1].norm()
@@ -371,7 +376,7 @@ def test_downsampling_keeps_the_largest_advantages_of_every_group():
 def test_the_log_counts_the_rows_that_go_through_the_model(guided):
     """Forward 1, backward 2: the unit in which two settings can be compared, whatever the machine."""
     model, seen = a_model(guided=guided), []
-    model.register_forward_hook(lambda module, args, output: seen.append(len(args[0]) * (3 if output.requires_grad else 1)))
+    model.register_forward_hook(lambda _, args, output: seen.append(len(args[0]) * (3 if output.requires_grad else 1)))
     log = train(model, lambda x, c: torch.rand(len(x)), conds(3), Settings(iters=2, steps=3, groups=3, group_size=4,
                                                                          epochs=2, keep=0.5))[2]
     assert log[-1]["rows"] == sum(seen) and log[0]["rows"] == sum(seen) / 2
@@ -384,12 +389,13 @@ def a_batch(rank, ranks):
     _, trajectory = rollout(model, schedule, conds(48), 3)
     optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
     advantage = torch.linspace(-2, 1, 48).to(model.position)[part]
-    update(model, schedule, a_model(seed=9), optimizers, [step.take(part) for step in trajectory], conds(48)[part], advantage,
-           Settings(steps=3, grad_norm=1e9))
+    update(model, schedule, a_model(seed=9), optimizers, [step.take(part) for step in trajectory], conds(48)[part],
+           advantage, Settings(steps=3, grad_norm=1e9))
     return flat(p.grad for module in (model, schedule) for p in module.parameters())
 
 
 def one_of_two(rank, folder):
+    globals()["DEVICE"] = "cpu"
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(a_batch(rank, 2).cpu(), f"{folder}/gradient{rank}.pt")
     with pytest.raises(ValueError, match="--groups 3: must be a multiple"):
@@ -401,8 +407,9 @@ def one_of_two(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_give_the_gradient_of_one(tmp_path):
+def test_two_processes_give_the_gradient_of_one(tmp_path, monkeypatch):
     """And after a few iterations of `train`, each on its own rollouts, both hold the same weights."""
+    monkeypatch.setitem(globals(), "DEVICE", "cpu")
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     wanted = a_batch(0, 1).cpu()
     for rank in (0, 1):
@@ -435,7 +442,8 @@ def ranked_in_every_order(model, schedule, canvas, action, t, T):
     logits = (1 + w) * l_c - w * l_u
     p, score = torch.softmax(logits / tau_s, 1), torch.log_softmax(logits, 1) / tau_r
     left = 0 if t == T - 1 else min(math.floor(r * L), len(masked) - 1)
-    mean = schedule(cogrpo.canvas_statistics(l_c[None], torch.tensor([[i in masked for i in range(L)]])), (t + 1) / T)[0]
+    statistics = cogrpo.canvas_statistics(l_c[None], torch.tensor([[i in masked for i in range(L)]]))
+    mean = schedule(statistics, (t + 1) / T)[0]
     density = torch.distributions.Normal(mean, schedule.spread).log_prob(action)[who_acts(masked, t, T)].sum().exp()
     for tokens in itertools.product(range(model.vocab_size), repeat=len(masked)):
         candidate = dict(zip(masked, tokens))
@@ -618,7 +626,7 @@ def test_the_sampled_estimator_converges_to_the_true_gradient(monkeypatch):
 
 
 def test_phis_estimator_converges_to_a_quadrature(monkeypatch):
-    """T = 1, only tau_s random: J(phi) is an integral over one normal variable, its gradient goes through tau_s(phi)."""
+    """T = 1, only tau_s random: J(phi) is an integral over one normal variable, its gradient goes through tau_s."""
     model, schedule = a_model(3, 3, 1, sharp=1.5).cpu(), a_schedule(4).cpu()
     reward, n = torch.randn(3, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 60000
     draw_as(monkeypatch, lambda x: torch.normal(0.0, 1.0, x.shape, dtype=x.dtype) * torch.tensor([0, 1, 0, 0]))
@@ -663,8 +671,8 @@ def test_the_groups_own_mean_as_a_baseline_shrinks_the_gradient_by_one_gth():
 
 
 def test_dividing_by_the_groups_std_forgets_the_scale_of_rewards():
-    """At G = 2 only the sign of the difference survives; a large group's gradient is the true one over its own sigma, so
-    conditions with little spread count as much as those with a lot."""
+    """At G = 2 only the sign of the difference survives; a large group's gradient is the true one over its own sigma,
+    so conditions with little spread count as much as those with a lot."""
     pairs = cogrpo.group_advantage(torch.tensor([0.0, 1, 0, 100]), 2)
     assert pairs.tolist() == pytest.approx([-(0.5 ** 0.5), 0.5 ** 0.5] * 2, 1e-3)
     torch.manual_seed(0)
@@ -824,7 +832,7 @@ def test_another_domain_through_the_seams(guided):
 
 
 def test_the_group_bonus_holds_against_narrowing():
-    """A reward for one token narrows every sample to it; the bonus grows with the variety lost, and starts at nothing."""
+    """A reward for one token narrows every sample to it; the bonus grows with the variety lost, from nothing."""
     lost = {}
     for bonus in (0.0, 5.0):
         log = train(a_model(dtype=torch.float32, sharp=1.0), lambda x, c: (x == 0).float().mean(1), conds(3),
@@ -872,7 +880,7 @@ def test_the_pipeline_end_to_end(tmp_path, capsys, monkeypatch):
     files = {f.name for f in Path("out").iterdir()}
     assert files == {"results.csv", "log.csv", "samples.png", "decoding.gif", "schedule.png", "curves.png", "cogrpo.pt"}
     names = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("|")][2:]
-    assert names == ["base T=4", "base T=16", "base T=32", "Co-GRPO T=4", "real digits"]
+    assert names == ["base T=4", "base T=32", "Co-GRPO T=4", "real digits"]
     assert len(Path("out/log.csv").read_text().splitlines()) == 13
     results = Path("out/results.csv").read_text()
 
@@ -886,7 +894,7 @@ def test_the_pipeline_end_to_end(tmp_path, capsys, monkeypatch):
 
 
 def test_the_benchmark_runs(capsys):
-    cogrpo.main(["--bench", "--device=cpu", "--dim=16", "--depth=1", "--groups=2", "--group-size=4", "--bench-tokens=4"])
+    cogrpo.main("--bench --device=cpu --dim=16 --depth=1 --groups=2 --group-size=4 --bench-tokens=4".split())
     table = re.findall(r"^\| (.*?) \|(?: (\d+) \|){2} (\d+\.\d+) \|$", capsys.readouterr().out, re.M)
     assert [row[0] for row in table] == ["rollout", "re-scoring and its backward", "whole iteration"]
     assert all(float(row[2]) > 0 for row in table)
