@@ -13,7 +13,7 @@ of the finished sample:
     reward      R       on the last canvas only; G samples of one condition
                         form a group; advantage = (R - mean) / std of its group  -> group_advantage
     update              PPO's clipped surrogate and a KL leash for either
-                        factor, every step re-scored alone                       -> log_prob, update
+                        factor, every step re-scored alone                       -> downsample, log_prob, update
 
 The box of the paper's figure and the function have the same name. What is ours and not the paper's is marked (ours).
 Left out: the paper's text-to-image backbone and reward models (bring yours: see `train`), any value function,

@@ -463,7 +463,7 @@ def at_every_threshold(model, schedule, canvas, action, t, T):
     masked = [i for i in range(model.seq_len) if canvas[i] == model.mask_id]
     left = 0 if t == T - 1 else min(math.floor(action[0].sigmoid() * model.seq_len), len(masked) - 1)
     tau_r = float(torch.log1p(action[2].exp()))
-    grid = np.arange(-3.1, 4 + 2 / tau_r, 0.3)  # the colder the ranking, the further the scores are from 0
+    grid = np.arange(-3.1, 4 + 4 / tau_r, 0.3)  # the colder the ranking, the further the scores are from 0
     nodes = [(tau_r * (math.exp(-x) - x), 0.3 * (1 + math.exp(-x))) for x in grid] if left else [(0.0, 1.0)]
     for kept in itertools.combinations(masked, len(masked) - left):
         for tokens in itertools.product(range(model.vocab_size), repeat=len(kept)):
