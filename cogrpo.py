@@ -11,7 +11,8 @@ of the finished sample:
                         drawn from p_phi(A | V^(t), c), then the filled tokens,
                         drawn from p_theta(V' | A; V^(t), c)                     -> Schedule, MDM, guided_logits
     reward      R       on the last canvas only; G samples of one condition
-                        form a group; advantage = (R - mean) / std of its group  -> group_advantage
+                        form a group; advantage = (R - mean) / std of its group,
+                        and a bonus for variety (ours)                           -> group_advantage
     update              PPO's clipped surrogate and a KL leash for either
                         factor, every step re-scored alone                       -> downsample, log_prob, update
 
@@ -419,7 +420,8 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
 
 
 def downsample(trajectory, cond, advantage, s):
-    """A rollout's samples that say most, those of largest |advantage|: a share s.keep of every group. (PODS, 2025)
+    """A rollout's samples that say most, those of largest |advantage|: a share s.keep of every group. (ours; the idea of
+    PODS, arXiv 2504.13818, whose rule is the subset of largest variance)
 
     What they weigh together stays what it was among all: their advantages are scaled by the share.
     """
@@ -527,7 +529,8 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     """Co-GRPO: rollout, advantage, update, `settings.iters` times. Returns (model, schedule, log).
 
     model: pretrained; it is put in eval mode and else left as it is, serves as the KL's reference; a trained copy is
-    returned. schedule: a Schedule to start from, say one around other hand-made functions (default: a new one).
+    returned. schedule: a Schedule to start from, say one around other hand-made functions; its spread counts, not the
+    settings' (default: a new one).
     reward_fn(tokens int64 [B, L], cond int64 [B]) -> float [B]. conds int64 [C]: the groups' conditions, taken in turn.
     on_iteration(row, model, schedule, tokens, cond) sees every iteration and may add to its row of the log.
     log: one dict of floats an iteration, `rows` among them: the rows that went through the model so far, a backward
@@ -669,6 +672,8 @@ def command_line(argv, world_settings):
     given = {f.name: getattr(args, f.name) for o in owners.values() for f in fields(o) if hasattr(args, f.name)}
     values = {"eval_samples": 1000, "rl_seed": args.seed} | (QUICK if args.quick else {}) | vars(args)
     args.eval_samples = values["eval_samples"]
+    if args.bench_tokens < 1:
+        raise ValueError(f"--bench-tokens {args.bench_tokens}: must be at least 1")
     if args.eval_samples < 100:
         raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
     if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + ["quick"] * args.quick):
@@ -681,8 +686,7 @@ def command_line(argv, world_settings):
 
 
 def stop(message):
-    if os.environ.get("RANK", "0") == "0":
-        print(f"cogrpo.py: error: {message}", file=sys.stderr)
+    print(f"cogrpo.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -832,7 +836,7 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
         panels.append(dict(title=title, xlabel="step", lines=[
             ("hand-made", x, [hand_made(trajectory[i].u)[j] for i in acting], toy.GREY, True),
             ("learned", x, [float(v.mean()) for v in learned], toy.BLUE, False),
-            ("band: 5 to 95% of canvases", [], [], toy.GREY, False)], bands=[(x, low, high, toy.BLUE)]))
+            ("band: 5 to 95% of canvases", [], [], toy.BLUE, False)], bands=[(x, low, high, toy.BLUE)]))
     toy.draw_panels(out / "schedule.png", panels)
     if log:
         x = [row["iter"] for row in log]
@@ -922,8 +926,9 @@ def run(argv, progress):
     import toy_reward as toy
     args, settings, model_settings, world_settings, given = command_line(argv, toy.WorldSettings)
     check_settings(world_settings)
-    if settings.steps > toy.SEQ_LEN:
-        raise ValueError(f"--steps {settings.steps}: T must be in 1..{toy.SEQ_LEN}, the number of tokens")
+    seq_len = args.bench_tokens if args.bench else toy.SEQ_LEN
+    if settings.steps > seq_len:
+        raise ValueError(f"--steps {settings.steps}: T must be in 1..{seq_len}, the number of tokens")
     device, log = pick_device(args.device), []
     torch.set_float32_matmul_precision("high")  # TF32 where the card has it
     if args.bench:
