@@ -345,10 +345,10 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         # but fill one at least. (Where nothing is masked that one is a given token: hence `& masked`.)
         confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
         score = (confidence + tau_r[:, 0] * gumbel_like(confidence)).masked_fill(~masked, -math.inf)
-        left = torch.zeros_like(count) if final else torch.minimum((r[:, 0, 0] * at_start).floor().long(), count - 1)
+        left = torch.zeros_like(count) if final else (r[:, 0, 0] * at_start).floor().long()
         ranked, order = score.sort(1, descending=True)
         rank = torch.arange(model.seq_len, device=cond.device).expand_as(order)
-        final_rank = (count - left - 1).clamp(min=0)[:, None]  # of the last to be kept
+        final_rank = (count - left - 1).clamp(min=0)[:, None]  # of the last to be kept: one at least
         threshold, last = ranked.gather(1, final_rank), order.gather(1, final_rank)
         filled = torch.zeros_like(masked).scatter(1, order, rank <= final_rank) & masked
 
