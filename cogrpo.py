@@ -397,7 +397,7 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
            candidate was, so that one is summed over. A score is Gumbel: P(it stays below c) = exp(-rate) with
            rate = exp((log-confidence - c) / tau_r).
     """
-    mean = schedule(canvas_statistics(l_c if likelihood == "exact" else l_c.detach(), step.masked), step.u)
+    mean = schedule(canvas_statistics(l_c, step.masked), step.u)
     log_phi = schedule.log_prob(mean, step.action, step.acts)
 
     _, tau_s, tau_r, w = constrain(step.action)[:, :, None, None].unbind(1)
@@ -420,8 +420,8 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
 
 
 def downsample(trajectory, cond, advantage, s):
-    """A rollout's samples that say most, those of largest |advantage|: a share s.keep of every group. (ours; the idea of
-    PODS, arXiv 2504.13818, whose rule is the subset of largest variance)
+    """A rollout's samples that say most, those of largest |advantage|: a share s.keep of every group. (ours; the idea
+    of PODS, arXiv 2504.13818, whose rule is the subset of largest variance)
 
     What they weigh together stays what it was among all: their advantages are scaled by the share.
     """
