@@ -190,6 +190,11 @@ def test_surrogate_is_clipped_on_the_side_that_would_gain_only():
         assert (gain.item(), new.grad.item()) == (pytest.approx(value), pytest.approx(gradient))
 
 
+def optimizers(model, schedule, lr=0.0):
+    """Plain steps, or none: what is looked at is the gradient."""
+    return torch.optim.SGD(model.parameters(), lr), torch.optim.SGD(schedule.parameters(), lr)
+
+
 def one_update(model, schedule, reference, which="joint", lr=0.0, advantage=None, **settings):
     """Roll out, re-score and (lr > 0) update once; returns (diagnostics, theta's gradient, phi's gradient)."""
     s = Settings(**{"grad_norm": 1e9, "steps": 3} | settings)
@@ -197,8 +202,7 @@ def one_update(model, schedule, reference, which="joint", lr=0.0, advantage=None
     cond = conds(48)
     _, trajectory = rollout(model, schedule, cond, s.steps, likelihood=s.likelihood)
     advantage = torch.randn(48, dtype=torch.float64, device=DEVICE) if advantage is None else advantage
-    optimizers = torch.optim.SGD(model.parameters(), lr), torch.optim.SGD(schedule.parameters(), lr)
-    row = update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, which)
+    row = update(model, schedule, reference, optimizers(model, schedule, lr), trajectory, cond, advantage, s, which)
     gradients = [torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
                             for p in part.parameters()]) for part in (model, schedule)]
     return row, *gradients
@@ -320,8 +324,8 @@ def test_ratios_are_to_the_rollouts_log_probs_and_clip_each_factor(likelihood):
         _, trajectory = rollout(model, schedule, cond, 3, likelihood=likelihood)
         for step in trajectory:
             step.old_model, step.old_schedule = step.old_model - 0.5, step.old_schedule - 0.5
-        optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-        row = update(model, schedule, model, optimizers, trajectory, cond, torch.full_like(cond, advantage).double(), s)
+        all_alike = torch.full_like(cond, advantage).double()
+        row = update(model, schedule, model, optimizers(model, schedule), trajectory, cond, all_alike, s)
         assert row["clip_model"] == pytest.approx(1) and row["clip_schedule"] == pytest.approx(1)
         assert (row["grad_model"] == 0 and row["grad_schedule"] == 0) == silent
 
@@ -355,9 +359,8 @@ def test_a_group_needs_one_pass_for_its_first_canvas():
         model, schedule = a_model(), a_schedule()
         torch.manual_seed(3)
         tokens, trajectory = rollout(model, schedule, cond, 3, share=share)
-        optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
         advantage = torch.linspace(-2, 1, 48).to(model.position)
-        update(model, schedule, a_model(seed=9), optimizers, trajectory, cond, advantage, s)
+        update(model, schedule, a_model(seed=9), optimizers(model, schedule), trajectory, cond, advantage, s)
         results.append((tokens, flat(p.grad for part in (model, schedule) for p in part.parameters())))
     assert torch.equal(results[0][0], results[1][0])
     assert (results[0][1] - results[1][1]).norm() < 1e-9 * results[0][1].norm()
@@ -387,10 +390,9 @@ def a_batch(rank, ranks):
     model, schedule, part = a_model(), a_schedule(), torch.arange(48, device=DEVICE).chunk(ranks)[rank]
     torch.manual_seed(3)
     _, trajectory = rollout(model, schedule, conds(48), 3)
-    optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
     advantage = torch.linspace(-2, 1, 48).to(model.position)[part]
-    update(model, schedule, a_model(seed=9), optimizers, [step.take(part) for step in trajectory], conds(48)[part],
-           advantage, Settings(steps=3, grad_norm=1e9))
+    update(model, schedule, a_model(seed=9), optimizers(model, schedule), [step.take(part) for step in trajectory],
+           conds(48)[part], advantage, Settings(steps=3, grad_norm=1e9))
     return flat(p.grad for module in (model, schedule) for p in module.parameters())
 
 
@@ -549,8 +551,8 @@ def updates_gradient(likelihood, model, schedule, actions, table):
                                                                step, likelihood)
     # The update's loss is -sum_i advantage_i log p_i / (N L): hand it the probability-weighted rewards.
     s = Settings(likelihood=likelihood, kl_model=0, grad_norm=1e99, steps=len(actions))
-    optimizers = torch.optim.SGD(theta, 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-    update(model, schedule, model, optimizers, trajectory, cond, p * table[tuple(tokens.T)] * N, s, "model")
+    weighted = p * table[tuple(tokens.T)] * N
+    update(model, schedule, model, optimizers(model, schedule), trajectory, cond, weighted, s, "model")
     return -3 * flat(q.grad for q in theta)
 
 
@@ -615,9 +617,8 @@ def test_the_sampled_estimator_converges_to_the_true_gradient(monkeypatch):
     torch.manual_seed(1)
     tokens, drawn = rollout(model, schedule, torch.zeros(n, dtype=torch.long), 2, likelihood="exact")
     s = Settings(likelihood="exact", kl_model=0, grad_norm=1e99, steps=2)
-    optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
     batch = drawn, torch.zeros(n, dtype=torch.long), table[tuple(tokens.T)] - J / density
-    update(model, schedule, model, optimizers, *batch, s, "model")
+    update(model, schedule, model, optimizers(model, schedule), *batch, s, "model")
     p, tokens, trajectory = as_the_likelihood_sees_it("exact", model, schedule, actions)
     estimator = (table[tuple(tokens.T)] - J / density)[:, None] * scores(model, schedule, trajectory, "exact")
     error = ((p / density @ estimator.square() - (true / density).square()) / n).sqrt()
@@ -648,8 +649,7 @@ def test_phis_estimator_converges_to_a_quadrature(monkeypatch):
     cond = torch.zeros(n, dtype=torch.long)
     tokens, drawn = rollout(model, schedule, cond, 1)
     advantage = reward[tuple(tokens.T)] - J.detach()
-    optimizers = torch.optim.SGD(model.parameters(), 0.0), torch.optim.SGD(schedule.parameters(), 0.0)
-    update(model, schedule, model, optimizers, drawn, cond, advantage,
+    update(model, schedule, model, optimizers(model, schedule), drawn, cond, advantage,
            Settings(steps=1, kl_schedule=0, grad_norm=1e99), "schedule")
     weight = advantage * (drawn[0].action[:, 1] - mean[1].detach()) / schedule.spread ** 2
     got, wanted = (float(-flat(q.grad for q in schedule.parameters()) @ direction / direction.square().sum()),

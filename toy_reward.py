@@ -397,28 +397,26 @@ def _canvas_picture(tokens, codebook, columns, scale=2):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def _beside(titled, down=False):
-    """Pictures with a caption above each, beside or beneath one another; titled: [(caption, picture)]."""
+def _beside(titled):
+    """Pictures side by side with a caption above each; titled: [(caption, picture)]."""
     pad, caption = 12, 24
-    sizes = [(max(p.width, 10 + 7 * len(t)), p.height + caption) for t, p in titled]
-    width, height = (max if down else sum)(w + pad for w, _ in sizes), (sum if down else max)(h + pad for _, h in sizes)
-    page = Image.new("RGB", (width + pad, height + pad), "white")
-    draw, x, y = ImageDraw.Draw(page), pad, pad
-    for (title, picture), (w, h) in zip(titled, sizes):
-        _text(draw, (x + 4, y), title, 15)
-        page.paste(picture, (x, y + caption))
-        x, y = (x, y + h + pad) if down else (x + w + pad, y)
+    widths = [max(p.width, 10 + 7 * len(t)) + pad for t, p in titled]
+    page = Image.new("RGB", (sum(widths) + pad, max(p.height for _, p in titled) + caption + 2 * pad), "white")
+    draw, x = ImageDraw.Draw(page), pad
+    for (title, picture), width in zip(titled, widths):
+        _text(draw, (x + 4, pad), title, 15)
+        page.paste(picture, (x, pad + caption))
+        x += width
     return page
 
 
 def draw_samples(path, compared, beneath, codebook):
     """Two blocks of samples side by side, ten to a row, and one beneath, twenty to a row; each (caption, tokens)."""
-    blocks = [(title, _canvas_picture(tokens, codebook, CLASSES)) for title, tokens in compared]
-    blocks.append((beneath[0], _canvas_picture(beneath[1], codebook, 2 * CLASSES)))
-    rows = [("", _beside(blocks[:-1])), ("", _beside(blocks[-1:]))]
-    page = Image.new("RGB", (max(p.width for _, p in rows), sum(p.height for _, p in rows)), "white")
-    page.paste(rows[0][1], (0, 0))
-    page.paste(rows[1][1], (0, rows[0][1].height))
+    top = _beside([(title, _canvas_picture(tokens, codebook, CLASSES)) for title, tokens in compared])
+    bottom = _beside([(beneath[0], _canvas_picture(beneath[1], codebook, 2 * CLASSES))])
+    page = Image.new("RGB", (max(top.width, bottom.width), top.height + bottom.height), "white")
+    page.paste(top, (0, 0))
+    page.paste(bottom, (0, top.height))
     save_whole(path, page.save)
 
 
