@@ -37,6 +37,7 @@ import csv
 import hashlib
 import inspect
 import itertools
+import json
 import math
 import os
 import statistics
@@ -49,6 +50,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -224,12 +226,12 @@ class Schedule(nn.Module):
     """p_phi(A | V^(t), c): a Gaussian of fixed spread around hand-made functions plus a learned residual.
 
     The last layer starts at zero, so a new Schedule IS the hand-made one. It takes u = (t + 1) / T, no table over t:
-    trained at one T, it runs at any.
+    trained at one T, it runs at any. blind: it sees nothing but u (for the ablation).
     """
 
-    def __init__(self, spread=0.3, hidden=32, hand_made=hand_made):
+    def __init__(self, spread=0.3, hidden=32, hand_made=hand_made, blind=False):
         super().__init__()
-        self.spread, self.hand_made = spread, hand_made
+        self.spread, self.hand_made, self.blind = spread, hand_made, blind
         self.residual = nn.Sequential(nn.Linear(6, hidden), nn.SiLU(), nn.Linear(hidden, 4))
         nn.init.zeros_(self.residual[2].weight)
         nn.init.zeros_(self.residual[2].bias)
@@ -240,7 +242,7 @@ class Schedule(nn.Module):
 
     def forward(self, statistics, u):
         """statistics float [B, 5], u float -> the mean of the unconstrained action, [B, 4]."""
-        x = torch.cat([statistics, torch.full_like(statistics[:, :1], u)], 1)
+        x = torch.cat([statistics * (not self.blind), torch.full_like(statistics[:, :1], u)], 1)
         return self.prior(u, x) + self.residual(x)
 
     def log_prob(self, mean, action, acts):
@@ -579,7 +581,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         halves, backward = 1 if model.null_cond is None else 2, 0 if which == "schedule" else 2
         rows += ranks * (halves * drawn + s.epochs * (halves * (1 + backward) + 1) * scored)  # + 1: the reference
         row = dict(zip(row, gathered(reward.new_tensor([list(row.values())])).mean(0).tolist()))
-        row = {"iter": i, "rows": rows, "variety_lost": lost} | row
+        row = {"iter": i, "rows": rows, "diversity": sum(now) / len(now), "variety_lost": lost} | row
         if not all(map(math.isfinite, row.values())):
             raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: the update left the finite numbers in "
                              f"iteration {i}; lower them")
@@ -634,7 +636,7 @@ class ModelSettings:
 
 
 QUICK = dict(iters=6, group_size=8, dim=64, depth=2, pretrain_steps=250, pretrain_batch=64, codebook_size=64,
-             train_images=6000, test_images=2000, judge_epochs=3, eval_samples=200)
+             train_images=6000, test_images=2000, judge_epochs=3, eval_samples=200, worlds=1)
 
 
 def command_line(argv, world_settings):
@@ -656,6 +658,10 @@ def command_line(argv, world_settings):
     run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure and draw it, no training")
     run.add_argument("--bench", action="store_true", help="time Co-GRPO against the model passes it needs; no data")
     run.add_argument("--bench-tokens", type=int, default=49, metavar="L", help="length of --bench's sequences (49)")
+    run.add_argument("--ablate", action="store_true", help="every arm on several worlds, with intervals; goes on where "
+                     "it was stopped")
+    run.add_argument("--worlds", type=int, metavar="N", default=argparse.SUPPRESS,
+                     help="worlds of --ablate: seeds --seed, --seed + 1, ... (5)")
     run.add_argument("--eval-samples", type=int, default=argparse.SUPPRESS, metavar="N",
                      help="samples that each row is measured on (1000)")
     owners = {"Co-GRPO": Settings, "model and pretraining": ModelSettings, "toy world": world_settings}
@@ -668,12 +674,14 @@ def command_line(argv, world_settings):
                                metavar=None if f.metadata.get("choices") else f.type.__name__.upper())
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for o in owners.values() for f in fields(o) if hasattr(args, f.name)}
-    values = {"eval_samples": 1000, "rl_seed": args.seed} | (QUICK if args.quick else {}) | vars(args)
-    args.eval_samples = values["eval_samples"]
+    values = {"eval_samples": 1000, "worlds": 5, "rl_seed": args.seed} | (QUICK if args.quick else {}) | vars(args)
+    args.eval_samples, args.worlds = values["eval_samples"], values["worlds"]
     if args.bench_tokens < 1:
         raise ValueError(f"--bench-tokens {args.bench_tokens}: must be at least 1")
     if args.eval_samples < 100:
         raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
+    if args.worlds < 1:
+        raise ValueError(f"--worlds {args.worlds}: must be at least 1")
     if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + ["quick"] * args.quick):
         raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
     if not 0 <= args.seed < 2 ** 32:
@@ -798,6 +806,17 @@ def markdown(rows):
     return "\n".join(lines)
 
 
+def read_csv(path):
+    return list(csv.DictReader(open(path, newline=""))) if path.exists() else []
+
+
+def append_csv(path, rows):
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writerows(([dict(zip(rows[0], rows[0]))] if new else []) + rows)
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
@@ -815,8 +834,8 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
         torch.manual_seed(seed)
         runs.append(rollout(m, p, cond, steps, explore=False))
     real = torch.stack([world.test_tokens[world.test_labels == c][:4] for c in range(toy.CLASSES)], 1).flatten(0, 1)
-    toy.draw_samples(out / "samples.png", [(title, tokens) for title, (tokens, _) in zip(captions, runs)],
-                     ("real digits, seen through the codebook", real), world.codebook)
+    toy.draw_samples(out / "samples.png", [[(title, tokens) for title, (tokens, _) in zip(captions, runs)],
+                                           [("real digits, seen through the codebook", real)]], world.codebook)
     toy.draw_decoding(out / "decoding.gif", [(title, [step.canvas[:30] for step in trajectory] + [tokens[:30]])
                                              for title, (tokens, trajectory) in zip(captions, runs)], world.codebook)
 
@@ -915,6 +934,183 @@ def bench(settings, model_settings, vocab_size, seq_len, device, repeats=8):
         print(f"| {T} | {peaks[T]:.0f} | {peaks[T] / (peaks[4] or 1):.2f} |")
 
 
+# ------------------------------------------------------------- the ablation: is together better than either half?
+
+TRAINED = {  # what each arm changes; all have one pretrained model a world and the same number of reward calls
+    "joint": {}, "joint, no bonus": {"bonus": 0.0}, "joint, exact": {"likelihood": "exact"},
+    "joint, no KL": {"kl_model": 0.0, "kl_schedule": 0.0}, "model only": {"update": "model"},
+    "schedule only": {"update": "schedule"}, "schedule only, blind": {"update": "schedule"},
+    "alternate": {"update": "alternate"}, "alternate, twice the calls": {"update": "alternate"}}
+QUICK_ARMS = ("hand-made", "joint", "joint, no KL")
+BY_HAND = {f"tau_s = {tau_s}": (1, tau_s, 4.5, 1) for tau_s in (1.15, 0.85, 0.7, 0.55, 0.4)}  # `by_hand`'s arguments
+COLUMNS = {"reward": 3, "held_out": 3, "accuracy": 3, "frechet": 1, "pixel_frechet": 2, "diversity": 3}  # decimals
+
+
+def by_hand(power, tau_s, tau_r, w):
+    """A hand-made Schedule: r = cos(pi u / 2)^power, tau_s, tau_r falling to 0, w; (1, 1, 4.5, 1) is `hand_made`."""
+    return Schedule(hand_made=lambda u: (math.cos(math.pi * u / 2) ** power, tau_s, tau_r * (1 - u), w))
+
+
+def best_by_hand(base, world, s, floor, device, candidates=32):
+    """The hand-made schedule of the largest mean reward, by successive halving within the reward calls of one run;
+    who falls below the diversity `floor` is out."""
+    import toy_reward as toy
+    torch.manual_seed(s.rl_seed)
+    U = torch.rand(candidates - 1, 4)
+    U = torch.stack([2 ** (2 * U[:, 0] - 1), 0.5 + 0.7 * U[:, 1], 15 * U[:, 2], 3 * U[:, 3]], 1)
+    contenders, rounds = [(1, 1, 4.5, 1)] + U.tolist(), int(math.log2(candidates))
+    for _ in range(rounds):
+        cond = torch.arange(s.iters * s.groups * s.group_size // rounds // len(contenders), device=device) % toy.CLASSES
+        results = []
+        for contender in contenders:
+            tokens = sample(base, by_hand(*contender).to(device), cond, s.steps)
+            if toy.diversity(tokens, cond) >= floor:
+                results.append((float(world.reward(tokens, cond).mean()), contender))
+        contenders = [c for _, c in sorted(results, reverse=True)][:len(contenders) // 2] or contenders[:1]
+        if len(contenders) == 1:
+            break
+    print("best by hand: cos^{:.2f}, tau_s {:.2f}, tau_r {:.1f} (1 - u), w {:.2f}".format(*contenders[0]))
+    return by_hand(*contenders[0])
+
+
+def ablate(args, settings, model_settings, world_settings, device, progress):
+    """Run the arms that ablation.csv does not have yet, one row a run; then tables and pictures, from that file."""
+    import toy_reward as toy
+    out, T, first_seed = writable_folder("--out", args.out or "ablation"), settings.steps, args.seed
+    writable_folder("--cache", args.cache)
+    path = out / "ablation.csv"
+    progress["saved"] = f"what has ended is in {path}: the same command goes on"
+    wanted = asdict(replace(settings, rl_seed=0)) | asdict(model_settings) | asdict(world_settings) | vars(args)
+    key = [wanted.pop(name) for name in ("seed", "worlds", "out", "cache", "device")] and hashlib.sha256(
+        f"{sorted(wanted.items())}".encode()).hexdigest()[:12]
+    arms = QUICK_ARMS if args.quick else ("hand-made", "best by hand", *BY_HAND, *TRAINED)
+    for args.seed in range(first_seed, first_seed + args.worlds):
+        done = read_csv(path)
+        if any(row["settings"] != key for row in done):
+            raise ValueError(f"--out {out}: its ablation.csv is of other settings; name another folder")
+        missing = [arm for arm in arms if (str(args.seed), arm) not in {(row["seed"], row["arm"]) for row in done}]
+        if missing:
+            world, base, _, _ = get_world(args, model_settings, world_settings, device)
+        for arm in missing:
+            print(f"seed {args.seed}: {arm}")
+            start, log, model = time.perf_counter(), [], base
+            s = replace(settings, rl_seed=args.seed, **TRAINED.get(arm, {}))
+            if arm in TRAINED:
+                s = replace(s, iters=2 * s.iters) if "twice" in arm else s
+                model, schedule, log = train(
+                    base, world.reward, torch.arange(toy.CLASSES, device=device), s, lambda row, model, schedule,
+                    *final: row.update(held_out=float(world.held_out(*final).mean())), Schedule(s.spread, blind="blind" in arm))
+            elif arm == "best by hand":
+                floor = next(0.85 * float(row["diversity"]) for row in read_csv(path) if
+                             (row["seed"], row["arm"], row["T"]) == (str(args.seed), "hand-made", str(T)))
+                schedule = best_by_hand(base, world, s, floor, device)
+            else:
+                schedule = by_hand(*BY_HAND.get(arm, (1, 1, 4.5, 1))).to(device)
+            at = {"hand-made": (T, 8, 16, 32), "joint": (T, 2, 8, 16)}.get(arm, (T, 32) if arm in BY_HAND else (T,))
+            rows = [evaluate(world, arm, model, schedule, steps, args) for steps in dict.fromkeys(at)]
+            tenth = max(1, len(log) // 10)
+            course = [[statistics.fmean(row[name] for row in log[i:i + tenth]) for name in ("diversity", "held_out")]
+                      for i in range(0, len(log), tenth)]
+            calls, seconds = len(log) * s.groups * s.group_size, round(time.perf_counter() - start)
+            append_csv(path, [{"settings": key, "seed": args.seed, "arm": arm, "T": row["passes"] // 2} | row | {
+                "reward_calls": calls, "seconds": seconds, "course": json.dumps(course)} for row in rows])
+            if args.seed == first_seed and arm in QUICK_ARMS:  # four of each class, for the picture
+                blocks = torch.load(out / "samples.pt") if (out / "samples.pt").exists() else {}
+                torch.manual_seed(args.seed)
+                cond = torch.arange(40, device=device) % toy.CLASSES
+                real = [world.test_tokens[world.test_labels == c][:4] for c in range(toy.CLASSES)]
+                torch.save(blocks | {arm: sample(model, schedule, cond, T), "codebook": world.codebook,
+                                     "real digits": torch.stack(real, 1).flatten(0, 1)}, out / "samples.pt")
+    report(out, T)
+
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5% points of Student's t for 1, 2, ... degrees
+
+
+def interval(values):
+    """(mean, half the width of its 95% interval), by Student's t; the half is nan for a single value."""
+    n = len(values)
+    half = T95[min(n - 2, 8)] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.fmean(values), half
+
+
+def in_words(values, decimals, sign=""):
+    mean, half = interval(values)
+    return f"{mean:{sign}.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(values) > 1 else "")
+
+
+def report(out, T):
+    """ablation.md, quality.png, frontier.png and samples.png from ablation.csv and samples.pt."""
+    import toy_reward as toy
+    figures, courses = {}, {}  # (arm, T) -> seed -> row of numbers; arm -> what rollouts showed along training
+    for row in read_csv(out / "ablation.csv"):
+        numbers = {name: float(row[name]) for name in (*COLUMNS, "log_reward", "log_held_out")}
+        figures.setdefault((row["arm"], int(row["T"])), {})[row["seed"]] = numbers
+        courses.setdefault(row["arm"], []).append(json.loads(row["course"]))
+    joint, hand = figures["joint", T], figures["hand-made", T]
+    seeds, lines = [seed for seed in joint if seed in hand], []
+    for title, less in ((f"mean and 95% interval over {len(seeds)} worlds", 0), ("paired: less joint, T = 4", 1)):
+        lines += [f"| {title} | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity |", "|---" * 7 + "|"]
+        for (arm, steps), row in figures.items():
+            cells = [in_words([row[seed][name] - less * joint[seed][name] for seed in seeds if seed in row], decimals,
+                              "+" * less) for name, decimals in COLUMNS.items()]
+            lines.append(f"| {arm}, T = {steps} | {' | '.join(cells)} |")
+        lines.append("")
+    for steps in (T, 32):
+        ratios = []
+        for seed in seeds:
+            points = sorted((row[seed]["diversity"], row[seed]["held_out"]) for (arm, at), row in figures.items()
+                            if arm in ("hand-made", *BY_HAND) and at == steps and seed in row)
+            ratios += [joint[seed]["held_out"] / np.interp(joint[seed]["diversity"], *zip(*points))] if points else []
+        if ratios:
+            lines.append(f"held-out of joint at T = {T} to that of tau_s by hand at T = {steps} and equal diversity: "
+                         + in_words(ratios, 2))
+    halves = [figures.get((arm, T), {}) for arm in ("model only", "schedule only")]
+    for name in ("reward", "log_reward", "held_out", "log_held_out"):
+        more = [joint[seed][name] + hand[seed][name] - halves[0][seed][name] - halves[1][seed][name]
+                for seed in seeds if all(seed in half for half in halves)]
+        if more:
+            lines.append(f"joint's gain less the sum of the halves' gains, {name}: {in_words(more, 3, '+')}")
+    (out / "ablation.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+    def mean(arm, steps, name):
+        return interval([row[name] for row in figures[arm, steps].values()])
+
+    panels = []
+    for name, title in (("held_out", "held-out p(c | x)"), ("frechet", "Fréchet distance")):
+        panel = dict(title=title, xlabel="steps T", lines=[], bands=[])
+        for arm, colour in (("hand-made", toy.GREY), ("joint", toy.BLUE)):
+            at = sorted(steps for other, steps in figures if other == arm)
+            centre, half = zip(*[mean(arm, steps, name) for steps in at])
+            panel["lines"].append((arm, at, centre, colour, False))
+            if len(seeds) > 1:
+                panel["bands"].append((at, [c - h for c, h in zip(centre, half)],
+                                       [c + h for c, h in zip(centre, half)], colour))
+        panels.append(panel)
+    toy.draw_panels(out / "quality.png", panels)
+
+    def points(arm, steps):
+        return [[mean(arm, steps, name)[0]] for name in ("diversity", "held_out")]
+
+    lines = []
+    for steps, colour in ((T, toy.GREY), (32, toy.INK)):
+        swept = sorted(points(arm, at) for arm, at in figures if arm in ("hand-made", *BY_HAND) and at == steps)
+        lines.append((f"tau_s by hand, T = {steps}", *[sum(x, []) for x in zip(*swept)], colour, True))
+    for arm, colour in (("joint, no KL", toy.RED), ("joint", toy.BLUE)):
+        course = np.mean([c for c in courses[arm] if c], 0)
+        lines.append((f"along training: {arm}", *course.T.tolist(), colour, True))
+    lines += [(arm, *points(arm, T), toy.BLUE if arm == "joint" else toy.RED, False) for arm, at in figures
+              if arm in (*TRAINED, "best by hand") and at == T]
+    toy.draw_panels(out / "frontier.png", [dict(title="held-out p(c | x) against diversity, T = 4: up and to the right is "
+                                                "better", xlabel="diversity", lines=lines, beside=True, width=840, height=560)], 1)
+    blocks = torch.load(out / "samples.pt", map_location="cpu")
+    codebook, real = blocks.pop("codebook"), blocks.pop("real digits")
+    blocks = [*blocks.items(), ("real digits", real)]
+    toy.draw_samples(out / "samples.png", [blocks[:2], blocks[2:]], codebook)
+    print(f"tables and pictures are in {out}/")
+
+
 def run(argv, progress):
     """The main job. `progress["saved"]` says which checkpoint a Ctrl-C leaves."""
     import toy_reward as toy
@@ -927,6 +1123,8 @@ def run(argv, progress):
     torch.set_float32_matmul_precision("high")  # TF32 where the card has it
     if args.bench:
         return bench(settings, model_settings, world_settings.codebook_size, args.bench_tokens, device)
+    if args.ablate:
+        return ablate(args, settings, model_settings, world_settings, device, progress)
     join_processes(device)
     rank, ranks = processes(settings.groups)
     if args.load:

@@ -351,6 +351,8 @@ class World:
         row = {}
         for name, values in zip(("reward", "held_out", "accuracy"), probability):
             row |= {name: float(values.mean()), f"{name}_se": float(values.std() / len(values) ** 0.5)}
+            if name != "accuracy":
+                row["log_" + name] = float(values.log().mean())
         for name, a, b in zip(("frechet", "pixel_frechet"), self._features(tokens), self.real):
             row[name] = frechet(a, b)
         return row | {"diversity": diversity(tokens, cond)}
@@ -410,13 +412,13 @@ def _beside(titled):
     return page
 
 
-def draw_samples(path, compared, beneath, codebook):
-    """Two blocks of samples side by side, ten to a row, and one beneath, twenty to a row; each (caption, tokens)."""
-    top = _beside([(title, _canvas_picture(tokens, codebook, CLASSES)) for title, tokens in compared])
-    bottom = _beside([(beneath[0], _canvas_picture(beneath[1], codebook, 2 * CLASSES))])
-    page = Image.new("RGB", (max(top.width, bottom.width), top.height + bottom.height), "white")
-    page.paste(top, (0, 0))
-    page.paste(bottom, (0, top.height))
+def draw_samples(path, rows, codebook):
+    """Blocks of samples; rows: lists of (caption, tokens). Two in a row are ten digits wide, one alone is twenty."""
+    strips = [_beside([(caption, _canvas_picture(tokens, codebook, CLASSES * (2 if len(row) == 1 else 1)))
+                       for caption, tokens in row]) for row in rows]
+    page = Image.new("RGB", (max(s.width for s in strips), sum(s.height for s in strips)), "white")
+    for i, strip in enumerate(strips):
+        page.paste(strip, (0, sum(s.height for s in strips[:i])))
     save_whole(path, page.save)
 
 
@@ -433,8 +435,9 @@ def draw_decoding(path, runs, codebook):
                                                  duration=[900] * (count - 1) + [3000]))
 
 
-def _panel(title, lines, bands=(), xlabel="", width=420, height=260):
-    """A line chart. lines: [(label, x, y, colour, dashed)]; bands: [(x, low, high, colour)]; labels become a legend."""
+def _panel(title, lines, bands=(), xlabel="", beside=False, width=420, height=260):
+    """A line chart. lines: [(label, x, y, colour, dashed)]; bands: [(x, low, high, colour)]; labels become a legend, or
+    stand beside the last point."""
     big = 2  # drawn twice as large and halved: smooth lines
     page = Image.new("RGB", (width * big, height * big), "white")
     draw = ImageDraw.Draw(page)
@@ -473,7 +476,10 @@ def _panel(title, lines, bands=(), xlabel="", width=420, height=260):
         if len(x) <= 40 and not dashed:
             for px, py in points:
                 draw.ellipse([px - 3 * big, py - 3 * big, px + 3 * big, py + 3 * big], colour)
-        _text(draw, (left + 80 * big * i, bottom + 22 * big), label, 12 * big, colour)
+        if beside:
+            _text(draw, (points[-1][0] + 7 * big, points[-1][1]), label, 12 * big, colour, "lm")
+        else:
+            _text(draw, (left + 80 * big * i, bottom + 22 * big), label, 12 * big, colour)
     draw.line([left, top, left, bottom, right, bottom], GREY, big)
     _text(draw, (left, 8 * big), title, 14 * big)
     _text(draw, (right, bottom + 22 * big), xlabel, 11 * big, GREY, "ra")
