@@ -158,7 +158,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     condition, so that guidance has its l_u. Trains `model` in place; returns the mean loss of the last 100 steps.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01, fused=tokens.is_cuda)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, cycle_momentum=False)
     losses = []
     bar = tqdm(range(steps), "pretraining", unit="step", mininterval=0.5)
     for step in bar:
@@ -356,7 +356,7 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         acts = torch.stack([ranks, some, ranks, some & (l_u is not None)], 1)
         step = Step(u, canvas, masked, share, acts, mean, action, candidate, filled, last, threshold)
         if explore:
-            step.old_model, _, step.old_schedule, _ = log_prob(schedule, l_c, l_u, step, likelihood)
+            step.old_model, _, step.old_schedule = log_prob(schedule, mean, l_c, l_u, step, likelihood)
         trajectory.append(step)
         canvas, share = torch.where(filled, candidate, canvas), 1
     return canvas, trajectory
@@ -385,9 +385,9 @@ def group_difference(tokens, group_size):
     return (groups[:, :, None] != groups[:, None]).float().mean(3).sum(2).flatten() / (group_size - 1)
 
 
-def log_prob(schedule, l_c, l_u, step, likelihood):
-    """Log-probability of what a step did, under given branches: (model [B, K], exists bool [B, K], schedule [B],
-    the schedule's mean [B, 4]).
+def log_prob(schedule, mean, l_c, l_u, step, likelihood):
+    """Log-probability of what a step did, under given branches and mean of the schedule: (model [B, K], exists bool
+    [B, K], schedule [B]).
 
     The model's comes in K factors, each with a ratio and a clip of its own, zero where it does not exist:
     fill   K = L: the filled tokens under the guided, tempered distribution that they were drawn from (the paper's)
@@ -397,16 +397,14 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
            candidate was, so that one is summed over. A score is Gumbel: P(it stays below c) = exp(-rate) with
            rate = exp((log-confidence - c) / tau_r).
     """
-    mean = schedule(canvas_statistics(l_c, step.masked), step.u)
     log_phi = schedule.log_prob(mean, step.action, step.acts)
-
     _, tau_s, tau_r, w = constrain(step.action)[:, :, None, None].unbind(1)
     logits = guided_logits(l_c, l_u, w)
     log_p = F.log_softmax(logits / tau_s, 2)
     chosen = step.candidate[:, :, None]
     token = log_p.gather(2, chosen)[:, :, 0]
     if likelihood == "fill":
-        return token * step.filled, step.filled, log_phi, mean
+        return token * step.filled, step.filled, log_phi
 
     log_rate = ((logits.log_softmax(2) - step.threshold[:, :, None]) / tau_r).clamp(-60, 60)  # exp stays finite
     below = (log_p - log_rate.exp()).logsumexp(2)
@@ -416,7 +414,7 @@ def log_prob(schedule, l_c, l_u, step, likelihood):
     choice = (step.filled != step.masked).any(1, keepdim=True)  # a step that keeps all has no threshold
     factor = torch.where(choice, torch.where(step.filled, kept, below), token)
     exists = torch.cat([step.masked, torch.ones_like(choice)], 1)
-    return torch.cat([factor, log_phi[:, None]], 1) * exists, exists, log_phi, mean
+    return torch.cat([factor, log_phi[:, None]], 1) * exists, exists, log_phi
 
 
 def downsample(trajectory, cond, advantage, s):
@@ -466,7 +464,8 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
             log_p = l_c.log_softmax(2)
             kl_model = ((log_p.exp() * (log_p - log_q)).sum(2) * step.masked).sum() / (B * L)
 
-            log_theta, exists, log_phi, mean = log_prob(schedule, l_c, l_u, step, s.likelihood)
+            mean = schedule(canvas_statistics(l_c, step.masked), step.u)
+            log_theta, exists, log_phi = log_prob(schedule, mean, l_c, l_u, step, s.likelihood)
             gain = surrogate(log_theta, step.old_model, A[:, None], s.clip)
             loss_theta = -(gain * exists).sum() / (B * L) + s.kl_model * kl_model
 
@@ -833,9 +832,9 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
     for m, p in ((base, Schedule().to(device)), (model, schedule)):
         torch.manual_seed(seed)
         runs.append(rollout(m, p, cond, steps, explore=False))
-    real = torch.stack([world.test_tokens[world.test_labels == c][:4] for c in range(toy.CLASSES)], 1).flatten(0, 1)
-    toy.draw_samples(out / "samples.png", [[(title, tokens) for title, (tokens, _) in zip(captions, runs)],
-                                           [("real digits, seen through the codebook", real)]], world.codebook)
+    blocks = [(title, tokens) for title, (tokens, _) in zip(captions, runs)]
+    real = ("real digits, seen through the codebook", world.examples(4))
+    toy.draw_samples(out / "samples.png", [blocks, [real]], world.codebook)
     toy.draw_decoding(out / "decoding.gif", [(title, [step.canvas[:30] for step in trajectory] + [tokens[:30]])
                                              for title, (tokens, trajectory) in zip(captions, runs)], world.codebook)
 
@@ -942,7 +941,8 @@ TRAINED = {  # what each arm changes; all have one pretrained model a world and 
     "schedule only": {"update": "schedule"}, "schedule only, blind": {"update": "schedule"},
     "alternate": {"update": "alternate"}, "alternate, twice the calls": {"update": "alternate"}}
 QUICK_ARMS = ("hand-made", "joint", "joint, no KL")
-BY_HAND = {f"tau_s = {tau_s}": (1, tau_s, 4.5, 1) for tau_s in (1.15, 0.85, 0.7, 0.55, 0.4)}  # `by_hand`'s arguments
+BY_HAND = {"hand-made": (1, 1, 4.5, 1)} | {  # the arguments of `by_hand`
+    f"tau_s = {tau_s}": (1, tau_s, 4.5, 1) for tau_s in (1.15, 0.85, 0.7, 0.55, 0.4)}
 COLUMNS = {"reward": 3, "held_out": 3, "accuracy": 3, "frechet": 1, "pixel_frechet": 2, "diversity": 3}  # decimals
 
 
@@ -958,7 +958,7 @@ def best_by_hand(base, world, s, floor, device, candidates=32):
     torch.manual_seed(s.rl_seed)
     U = torch.rand(candidates - 1, 4)
     U = torch.stack([2 ** (2 * U[:, 0] - 1), 0.5 + 0.7 * U[:, 1], 15 * U[:, 2], 3 * U[:, 3]], 1)
-    contenders, rounds = [(1, 1, 4.5, 1)] + U.tolist(), int(math.log2(candidates))
+    contenders, rounds = [BY_HAND["hand-made"]] + U.tolist(), int(math.log2(candidates))
     for _ in range(rounds):
         cond = torch.arange(s.iters * s.groups * s.group_size // rounds // len(contenders), device=device) % toy.CLASSES
         results = []
@@ -973,54 +973,63 @@ def best_by_hand(base, world, s, floor, device, candidates=32):
     return by_hand(*contenders[0])
 
 
+def run_arm(arm, world, base, s, floor, device):
+    """(model, schedule, log of the training) of one arm; floor: the least diversity of the best by hand."""
+    import toy_reward as toy
+    if arm == "best by hand":
+        return base, best_by_hand(base, world, s, floor, device), []
+    if arm not in TRAINED:
+        return base, by_hand(*BY_HAND[arm]).to(device), []
+
+    def on_iteration(row, model, schedule, tokens, cond):
+        row["held_out"] = float(world.held_out(tokens, cond).mean())
+    torch.manual_seed(s.rl_seed)
+    blind = Schedule(s.spread, blind=True) if "blind" in arm else None
+    return train(base, world.reward, torch.arange(toy.CLASSES, device=device), s, on_iteration, blind)
+
+
 def ablate(args, settings, model_settings, world_settings, device, progress):
     """Run the arms that ablation.csv does not have yet, one row a run; then tables and pictures, from that file."""
     import toy_reward as toy
-    out, T, first_seed = writable_folder("--out", args.out or "ablation"), settings.steps, args.seed
+    out, T = writable_folder("--out", args.out or "ablation"), settings.steps
     writable_folder("--cache", args.cache)
+    seeds = range(args.seed, args.seed + args.worlds)
     path = out / "ablation.csv"
     progress["saved"] = f"what has ended is in {path}: the same command goes on"
-    wanted = asdict(replace(settings, rl_seed=0)) | asdict(model_settings) | asdict(world_settings) | vars(args)
-    key = [wanted.pop(name) for name in ("seed", "worlds", "out", "cache", "device")] and hashlib.sha256(
-        f"{sorted(wanted.items())}".encode()).hexdigest()[:12]
-    arms = QUICK_ARMS if args.quick else ("hand-made", "best by hand", *BY_HAND, *TRAINED)
-    for args.seed in range(first_seed, first_seed + args.worlds):
+    alike = vars(args) | asdict(settings) | asdict(model_settings) | asdict(world_settings)
+    for name in ("seed", "rl_seed", "worlds", "out", "cache", "device"):
+        del alike[name]
+    key = hashlib.sha256(f"{sorted(alike.items())}".encode()).hexdigest()[:12]
+    for args.seed in seeds:
         done = read_csv(path)
         if any(row["settings"] != key for row in done):
             raise ValueError(f"--out {out}: its ablation.csv is of other settings; name another folder")
-        missing = [arm for arm in arms if (str(args.seed), arm) not in {(row["seed"], row["arm"]) for row in done}]
+        here = {row["arm"]: row for row in done if (row["seed"], row["T"]) == (str(args.seed), str(T))}
+        arms = QUICK_ARMS if args.quick else (*BY_HAND, "best by hand", *TRAINED)
+        missing = [arm for arm in arms if arm not in here]
         if missing:
             world, base, _, _ = get_world(args, model_settings, world_settings, device)
         for arm in missing:
             print(f"seed {args.seed}: {arm}")
-            start, log, model = time.perf_counter(), [], base
-            s = replace(settings, rl_seed=args.seed, **TRAINED.get(arm, {}))
-            if arm in TRAINED:
-                s = replace(s, iters=2 * s.iters) if "twice" in arm else s
-                model, schedule, log = train(
-                    base, world.reward, torch.arange(toy.CLASSES, device=device), s, lambda row, model, schedule,
-                    *final: row.update(held_out=float(world.held_out(*final).mean())), Schedule(s.spread, blind="blind" in arm))
-            elif arm == "best by hand":
-                floor = next(0.85 * float(row["diversity"]) for row in read_csv(path) if
-                             (row["seed"], row["arm"], row["T"]) == (str(args.seed), "hand-made", str(T)))
-                schedule = best_by_hand(base, world, s, floor, device)
-            else:
-                schedule = by_hand(*BY_HAND.get(arm, (1, 1, 4.5, 1))).to(device)
+            start, s = time.perf_counter(), replace(settings, rl_seed=args.seed, **TRAINED.get(arm, {}))
+            if "twice" in arm:
+                s = replace(s, iters=2 * s.iters)
+            floor = 0.85 * float(here["hand-made"]["diversity"]) if "hand-made" in here else 0
+            model, schedule, log = run_arm(arm, world, base, s, floor, device)
             at = {"hand-made": (T, 8, 16, 32), "joint": (T, 2, 8, 16)}.get(arm, (T, 32) if arm in BY_HAND else (T,))
             rows = [evaluate(world, arm, model, schedule, steps, args) for steps in dict.fromkeys(at)]
-            tenth = max(1, len(log) // 10)
+            here[arm], tenth = rows[0], max(1, len(log) // 10)
             course = [[statistics.fmean(row[name] for row in log[i:i + tenth]) for name in ("diversity", "held_out")]
                       for i in range(0, len(log), tenth)]
             calls, seconds = len(log) * s.groups * s.group_size, round(time.perf_counter() - start)
             append_csv(path, [{"settings": key, "seed": args.seed, "arm": arm, "T": row["passes"] // 2} | row | {
                 "reward_calls": calls, "seconds": seconds, "course": json.dumps(course)} for row in rows])
-            if args.seed == first_seed and arm in QUICK_ARMS:  # four of each class, for the picture
+            if args.seed == seeds[0] and arm in QUICK_ARMS:  # four of each class, for the picture
                 blocks = torch.load(out / "samples.pt") if (out / "samples.pt").exists() else {}
                 torch.manual_seed(args.seed)
                 cond = torch.arange(40, device=device) % toy.CLASSES
-                real = [world.test_tokens[world.test_labels == c][:4] for c in range(toy.CLASSES)]
-                torch.save(blocks | {arm: sample(model, schedule, cond, T), "codebook": world.codebook,
-                                     "real digits": torch.stack(real, 1).flatten(0, 1)}, out / "samples.pt")
+                torch.save(blocks | {arm: sample(model, schedule, cond, T), "real digits": world.examples(4),
+                                     "codebook": world.codebook}, out / "samples.pt")
     report(out, T)
 
 
@@ -1040,73 +1049,65 @@ def in_words(values, decimals, sign=""):
 
 
 def report(out, T):
-    """ablation.md, quality.png, frontier.png and samples.png from ablation.csv and samples.pt."""
+    """ablation.md, quality.png, frontier.png and samples.png, from ablation.csv and samples.pt alone."""
     import toy_reward as toy
-    figures, courses = {}, {}  # (arm, T) -> seed -> row of numbers; arm -> what rollouts showed along training
+    figures, courses = {}, {}  # (arm, T) -> seed -> row of numbers; arm -> what its rollouts showed along training
     for row in read_csv(out / "ablation.csv"):
         numbers = {name: float(row[name]) for name in (*COLUMNS, "log_reward", "log_held_out")}
         figures.setdefault((row["arm"], int(row["T"])), {})[row["seed"]] = numbers
         courses.setdefault(row["arm"], []).append(json.loads(row["course"]))
     joint, hand = figures["joint", T], figures["hand-made", T]
-    seeds, lines = [seed for seed in joint if seed in hand], []
-    for title, less in ((f"mean and 95% interval over {len(seeds)} worlds", 0), ("paired: less joint, T = 4", 1)):
-        lines += [f"| {title} | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity |", "|---" * 7 + "|"]
+    halves = [figures.get((arm, T), {}) for arm in ("model only", "schedule only")]
+    swept = {steps: [row for (arm, at), row in figures.items() if arm in BY_HAND and at == steps] for steps in (T, 32)}
+
+    lines = []
+    for title, less in ((f"mean and 95% interval over {len(joint)} worlds", 0), (f"paired: less joint, T = {T}", 1)):
+        lines += [f"| {title} | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity |",
+                  "|---" * 7 + "|"]
         for (arm, steps), row in figures.items():
-            cells = [in_words([row[seed][name] - less * joint[seed][name] for seed in seeds if seed in row], decimals,
-                              "+" * less) for name, decimals in COLUMNS.items()]
+            cells = [in_words([x[name] - less * joint[seed][name] for seed, x in row.items() if seed in joint],
+                              decimals, "+" * less) for name, decimals in COLUMNS.items()]
             lines.append(f"| {arm}, T = {steps} | {' | '.join(cells)} |")
         lines.append("")
-    for steps in (T, 32):
+    for steps, rows in swept.items():
         ratios = []
-        for seed in seeds:
-            points = sorted((row[seed]["diversity"], row[seed]["held_out"]) for (arm, at), row in figures.items()
-                            if arm in ("hand-made", *BY_HAND) and at == steps and seed in row)
-            ratios += [joint[seed]["held_out"] / np.interp(joint[seed]["diversity"], *zip(*points))] if points else []
-        if ratios:
-            lines.append(f"held-out of joint at T = {T} to that of tau_s by hand at T = {steps} and equal diversity: "
-                         + in_words(ratios, 2))
-    halves = [figures.get((arm, T), {}) for arm in ("model only", "schedule only")]
-    for name in ("reward", "log_reward", "held_out", "log_held_out"):
-        more = [joint[seed][name] + hand[seed][name] - halves[0][seed][name] - halves[1][seed][name]
-                for seed in seeds if all(seed in half for half in halves)]
-        if more:
-            lines.append(f"joint's gain less the sum of the halves' gains, {name}: {in_words(more, 3, '+')}")
+        for seed in joint:
+            points = sorted((row[seed]["diversity"], row[seed]["held_out"]) for row in rows if seed in row)
+            ratios.append(joint[seed]["held_out"] / np.interp(joint[seed]["diversity"], *zip(*points)))
+        lines.append(f"held-out of joint at T = {T} to tau_s by hand at T = {steps} and joint's diversity: "
+                     + in_words(ratios, 2))
+    for name in ("reward", "log_reward", "held_out", "log_held_out") if all(halves) else ():
+        more = [joint[seed][name] + hand[seed][name] - sum(half[seed][name] for half in halves) for seed in halves[1]]
+        lines.append(f"joint's gain less the sum of the halves' gains, {name}: {in_words(more, 3, '+')}")
     (out / "ablation.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-    def mean(arm, steps, name):
-        return interval([row[name] for row in figures[arm, steps].values()])
-
     panels = []
     for name, title in (("held_out", "held-out p(c | x)"), ("frechet", "Fréchet distance")):
-        panel = dict(title=title, xlabel="steps T", lines=[], bands=[])
+        panels.append(dict(title=title, xlabel="steps T", lines=[], bands=[]))
         for arm, colour in (("hand-made", toy.GREY), ("joint", toy.BLUE)):
             at = sorted(steps for other, steps in figures if other == arm)
-            centre, half = zip(*[mean(arm, steps, name) for steps in at])
-            panel["lines"].append((arm, at, centre, colour, False))
-            if len(seeds) > 1:
-                panel["bands"].append((at, [c - h for c, h in zip(centre, half)],
-                                       [c + h for c, h in zip(centre, half)], colour))
-        panels.append(panel)
+            means = [interval([row[name] for row in figures[arm, steps].values()]) for steps in at]
+            panels[-1]["lines"].append((arm, at, [mean for mean, _ in means], colour, False))
+            if len(joint) > 1:
+                panels[-1]["bands"].append((at, *([m + sign * half for m, half in means] for sign in (-1, 1)), colour))
     toy.draw_panels(out / "quality.png", panels)
 
-    def points(arm, steps):
-        return [[mean(arm, steps, name)[0]] for name in ("diversity", "held_out")]
+    def point(row):
+        return [statistics.fmean(x[name] for x in row.values()) for name in ("diversity", "held_out")]
 
-    lines = []
-    for steps, colour in ((T, toy.GREY), (32, toy.INK)):
-        swept = sorted(points(arm, at) for arm, at in figures if arm in ("hand-made", *BY_HAND) and at == steps)
-        lines.append((f"tau_s by hand, T = {steps}", *[sum(x, []) for x in zip(*swept)], colour, True))
+    lines = [(f"tau_s by hand, T = {steps}", *zip(*sorted(map(point, rows))), toy.GREY, True)
+             for steps, rows in swept.items()]
     for arm, colour in (("joint, no KL", toy.RED), ("joint", toy.BLUE)):
-        course = np.mean([c for c in courses[arm] if c], 0)
-        lines.append((f"along training: {arm}", *course.T.tolist(), colour, True))
-    lines += [(arm, *points(arm, T), toy.BLUE if arm == "joint" else toy.RED, False) for arm, at in figures
-              if arm in (*TRAINED, "best by hand") and at == T]
-    toy.draw_panels(out / "frontier.png", [dict(title="held-out p(c | x) against diversity, T = 4: up and to the right is "
-                                                "better", xlabel="diversity", lines=lines, beside=True, width=840, height=560)], 1)
+        lines.append((f"{arm}: along training", *np.mean(courses[arm], 0).T.tolist(), colour, True))
+    lines += [(arm, *[[x] for x in point(row)], toy.BLUE if arm == "joint" else toy.INK, False)
+              for (arm, steps), row in figures.items() if arm not in BY_HAND and steps == T]
+    toy.draw_panels(out / "frontier.png", [
+        dict(title="held-out p(c | x) against diversity; up and to the right is better", xlabel="diversity",
+             lines=lines, beside=True, width=840, height=560)], columns=1)
     blocks = torch.load(out / "samples.pt", map_location="cpu")
-    codebook, real = blocks.pop("codebook"), blocks.pop("real digits")
-    blocks = [*blocks.items(), ("real digits", real)]
+    codebook = blocks.pop("codebook")
+    blocks = sorted(blocks.items(), key=lambda block: block[0] == "real digits")
     toy.draw_samples(out / "samples.png", [blocks[:2], blocks[2:]], codebook)
     print(f"tables and pictures are in {out}/")
 

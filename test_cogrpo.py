@@ -49,6 +49,13 @@ def conds(n, classes=3):
     return torch.arange(n, device=DEVICE) % classes
 
 
+def rescored(model, schedule, step, cond, likelihood):
+    """What `log_prob` says of a step under the weights as they are now."""
+    l_c, l_u = cogrpo.branches(model, step.canvas, cond)
+    mean = schedule(cogrpo.canvas_statistics(l_c, step.masked), step.u)
+    return log_prob(schedule, mean, l_c, l_u, step, likelihood)
+
+
 # --------------------------------------------------------------------------------------------- rollout and schedule
 
 @pytest.mark.parametrize("steps", [1, 3, 6])
@@ -144,8 +151,7 @@ def test_rescoring_returns_the_stored_log_probs(likelihood, guided):
     close = 1e-5 if DEVICE == "cpu" else 0.05  # bf16
     _, trajectory = rollout(model, schedule, conds(32), 4, likelihood=likelihood)
     for step in trajectory:
-        log_theta, exists, log_phi, _ = log_prob(schedule, *cogrpo.branches(model, step.canvas, conds(32)), step,
-                                                 likelihood)
+        log_theta, exists, log_phi = rescored(model, schedule, step, conds(32), likelihood)
         assert (log_theta - step.old_model).abs().max() < close
         assert (log_phi - step.old_schedule).abs().max() < close
         assert (step.old_model[exists] != 0).double().mean() > 0.98 and (step.old_model[~exists] == 0).all()
@@ -528,8 +534,7 @@ def true_gradient(model, schedule, actions, table):
 def total_log_prob(model, schedule, trajectory, likelihood):
     """log p of each trajectory [N] through the code of the pipeline, and with `exact` log p_phi of its draws."""
     cond = torch.zeros(len(trajectory[0].canvas), dtype=torch.long)
-    return sum(log_prob(schedule, *cogrpo.branches(model, step.canvas, cond), step, likelihood)[0].sum(1)
-               for step in trajectory)
+    return sum(rescored(model, schedule, step, cond, likelihood)[0].sum(1) for step in trajectory)
 
 
 def as_the_likelihood_sees_it(likelihood, model, schedule, actions):
@@ -547,8 +552,7 @@ def updates_gradient(likelihood, model, schedule, actions, table):
     N, theta, cond = len(p), list(model.parameters()), torch.zeros(len(p), dtype=torch.long)
     with torch.no_grad():
         for step in trajectory:
-            step.old_model, _, step.old_schedule, _ = log_prob(schedule, *cogrpo.branches(model, step.canvas, cond),
-                                                               step, likelihood)
+            step.old_model, _, step.old_schedule = rescored(model, schedule, step, cond, likelihood)
     # The update's loss is -sum_i advantage_i log p_i / (N L): hand it the probability-weighted rewards.
     s = Settings(likelihood=likelihood, kl_model=0, grad_norm=1e99, steps=len(actions))
     weighted = p * table[tuple(tokens.T)] * N
@@ -724,9 +728,8 @@ def test_exact_equals_fill_when_a_step_keeps_all():
     """At the last step nothing is ranked: the two likelihoods are the same numbers there, but for p_phi."""
     model, schedule, cond = a_model(), a_schedule(), conds(16)
     _, trajectory = rollout(model, schedule, cond, 3)
-    l_c, l_u = cogrpo.branches(model, trajectory[-1].canvas, cond)
-    fill, _, log_phi, _ = log_prob(schedule, l_c, l_u, trajectory[-1], "fill")
-    exact, exists, _, _ = log_prob(schedule, l_c, l_u, trajectory[-1], "exact")
+    fill, _, log_phi = rescored(model, schedule, trajectory[-1], cond, "fill")
+    exact, exists, _ = rescored(model, schedule, trajectory[-1], cond, "exact")
     assert torch.equal(exact[:, :6], fill) and exists[:, 6].all() and torch.equal(exact[:, 6], log_phi)
 
 
@@ -892,6 +895,45 @@ def test_the_pipeline_end_to_end(tmp_path, capsys, monkeypatch):
 
     cogrpo.main(["--load=out/cogrpo.pt", "--steps=8", "--out=other", "--device=cpu", "--eval-samples=100"])
     assert "Co-GRPO T=8" in capsys.readouterr().out and Path("other/decoding.gif").exists()
+
+
+def test_the_ablation_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+    """Two arms on one world; without the second arm's row that one alone is run again, to the same figures."""
+    monkeypatch.chdir(tmp_path)
+    cogrpo.main(TINY + ["--ablate"])
+    first, path = capsys.readouterr().out, Path("ablation/ablation.csv")
+    rows, table = path.read_text().splitlines(), Path("ablation/ablation.md").read_text()
+    assert [row.split(",")[2] for row in rows[1:]] == ["hand-made"] * 4 + ["joint"] * 4 + ['"joint']
+    assert "joint, no KL, T = 4" in table and {f.name for f in Path("ablation").iterdir()} == {
+        "ablation.csv", "ablation.md", "frontier.png", "quality.png", "samples.png", "samples.pt"}
+    path.write_text("\n".join(rows[:-1]) + "\n")
+    cogrpo.main(TINY + ["--ablate"])
+    assert "joint, no KL" in first and "seed 0: joint\n" not in capsys.readouterr().out
+    assert Path("ablation/ablation.md").read_text() == table
+    with pytest.raises(SystemExit) as stopped:
+        cogrpo.main(TINY + ["--ablate", "--lr=0.1"])
+    assert stopped.value.code == 2 and "--out ablation: its ablation.csv is of other settings" in capsys.readouterr().err
+
+
+def test_intervals_against_numbers():
+    """Student's t: for 1, 2, 3 it is 4.303 / sqrt(3); coverage of 95% over many samples of five."""
+    assert cogrpo.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.303 / 3 ** 0.5), rel=1e-3)
+    draws = np.random.default_rng(0).normal(3, 2, (4000, 5))
+    inside = [abs(mean - 3) < half for mean, half in map(cogrpo.interval, draws.tolist())]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+
+
+def test_the_best_by_hand_is_found_within_one_runs_reward_calls():
+    """A reward that likes cold draws; and where those are forbidden, for they all look alike, the search says so."""
+    model, calls, s = a_model(conds=10, dtype=torch.float32), [], Settings(steps=2, rl_seed=0)
+    likely = model(torch.full((1, 6), 5, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE)).argmax(2)
+
+    class Likes:
+        def reward(tokens, cond):
+            calls.append(len(cond))
+            return (tokens == likely).float().mean(1)
+    found, strict = (cogrpo.best_by_hand(model, Likes, s, floor, DEVICE).hand_made for floor in (0.0, 0.99))
+    assert sum(calls) / 2 <= 80 * 10 * 12 and found(1.0)[1] < 0.8 and strict(1.0)[1] >= 1
 
 
 def test_the_benchmark_runs(capsys):

@@ -364,6 +364,10 @@ class World:
         halves = zip(self._features(self.test_tokens[::2]), self._features(self.test_tokens[1::2]))
         return row | {name: frechet(a, b) for name, (a, b) in zip(("frechet", "pixel_frechet"), halves)}
 
+    def examples(self, n):
+        """n test digits of each class, tokens int64 [10 n, 49], the classes in turn."""
+        return torch.stack([self.test_tokens[self.test_labels == c][:n] for c in range(CLASSES)], 1).flatten(0, 1)
+
     def measure_splices(self):
         """Mean reward p(c | image) of spliced test digits: low, or the reward does not see what it is for."""
         spliced, labels = splice(self.test_tokens, self.test_labels, self.codebook)
