@@ -11,8 +11,7 @@ of the finished sample:
                         drawn from p_phi(A | V^(t), c), then the filled tokens,
                         drawn from p_theta(V' | A; V^(t), c)                     -> Schedule, MDM, guided_logits
     reward      R       on the last canvas only; G samples of one condition
-                        form a group; advantage = (R - mean) / std of its group,
-                        and a bonus for variety (ours)                           -> group_advantage
+                        form a group; advantage = (R - mean) / std of its group  -> group_advantage
     update              PPO's clipped surrogate and a KL leash for either
                         factor, every step re-scored alone                       -> downsample, log_prob, update
 
@@ -90,9 +89,9 @@ class Settings:
     clip: float = setting(0.2, "PPO: no credit for moving a ratio out of [1 - clip, 1 + clip]", low=0)
     kl_model: float = setting(0.4, "weight of KL(model || pretrained), on the conditional logits", low=0)
     kl_schedule: float = setting(0.1, "weight of KL(schedule || hand-made)", low=0)
-    bonus: float = setting(1.0, "advantage for differing from the group, per variety lost (ours); 0: none", low=0)
+    bonus: float = setting(0.0, "weight of an advantage for differing from one's group (ours)", low=0)
     grad_norm: float = setting(1.0, "each factor's gradient is clipped to this norm", low=0)
-    keep: float = setting(0.5, "learn from this share of a group: its largest |advantages|", low=1e-6)
+    keep: float = setting(0.5, "learn from this share of a group: its lowest and highest advantages", low=1e-6)
     micro_batch: int = setting(0, "samples in memory at a time; the gradient is the same (0: the whole rollout)", low=0)
     spread: float = setting(0.3, "standard deviation of the schedule's exploration", low=1e-6)
     rl_seed: int = setting(None, "seed of Co-GRPO alone (default: --seed)")
@@ -418,13 +417,14 @@ def log_prob(schedule, mean, l_c, l_u, step, likelihood):
 
 
 def downsample(trajectory, cond, advantage, s):
-    """A rollout's samples that say most, those of largest |advantage|: a share s.keep of every group. (ours; the idea
-    of PODS, arXiv 2504.13818, whose rule is the subset of largest variance)
+    """A rollout's samples that say most: of every group the lowest and the highest advantages, as many of either, a
+    share s.keep in all. (ours; the idea of PODS, arXiv 2504.13818, which seeks the split of largest variance)
 
     What they weigh together stays what it was among all: their advantages are scaled by the share.
     """
     count = max(1, round(s.keep * s.group_size))
-    most = advantage.view(-1, s.group_size).abs().topk(count).indices
+    ranked = advantage.view(-1, s.group_size).argsort(1)
+    most = torch.cat([ranked[:, :count // 2], ranked[:, count // 2 - count:]], 1)
     most = (most + s.group_size * torch.arange(len(most), device=most.device)[:, None]).flatten()
     kept = [step.take(most, count if step is trajectory[0] else 1) for step in trajectory]  # a group starts alike
     return kept, cond[most], advantage[most] * (count / s.group_size)
@@ -549,7 +549,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         for p in (*model.parameters(), *schedule.parameters()):
             dist.broadcast(p.data, 0)
         torch.manual_seed(torch.initial_seed() + rank)
-    log, rows, variety = [], 0, {}  # variety: each condition's, when it was first seen
+    log, rows = [], 0
     turns = ("model", "schedule") if s.update == "alternate" else (s.update,)
     micro_batch = s.micro_batch or s.groups * s.group_size
     share = math.gcd(s.group_size, micro_batch)  # of a group's samples that start together, in one row
@@ -565,22 +565,18 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         tokens, trajectory = torch.cat(tokens), [join(steps) for steps in zip(*parts)]
         reward = check_reward(reward_fn(tokens, cond), len(cond))
         advantage = group_advantage(reward, s.group_size)
-        # Reward alone narrows: the more of the groups' variety is gone, the more it counts to differ. (ours)
         difference = group_difference(tokens, s.group_size).to(reward)
-        now = gathered(difference.view(-1, s.group_size).mean(1)).tolist()
-        then = [variety.setdefault(c, d) for c, d in zip(of_groups.tolist(), now)]
-        lost = max(0.0, 1 - sum(now) / max(sum(then), 1e-9))
-        advantage += s.bonus * lost * group_advantage(difference, s.group_size)
+        advantage += s.bonus * group_advantage(difference, s.group_size)
         which = turns[i % len(turns)]
         kept = downsample(trajectory, cond, advantage, s)
-        row = describe(trajectory, reward, s.group_size, schedule.spread) | update(
+        row = describe(trajectory, reward, difference, s.group_size, schedule.spread) | update(
             model, schedule, reference, optimizers, *kept, s, which)
 
         drawn, scored = (sum(len(step.canvas) // step.share for step in steps) for steps in (trajectory, kept[0]))
         halves, backward = 1 if model.null_cond is None else 2, 0 if which == "schedule" else 2
         rows += ranks * (halves * drawn + s.epochs * (halves * (1 + backward) + 1) * scored)  # + 1: the reference
         row = dict(zip(row, gathered(reward.new_tensor([list(row.values())])).mean(0).tolist()))
-        row = {"iter": i, "rows": rows, "diversity": sum(now) / len(now), "variety_lost": lost} | row
+        row = {"iter": i, "rows": rows} | row
         if not all(map(math.isfinite, row.values())):
             raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: the update left the finite numbers in "
                              f"iteration {i}; lower them")
@@ -593,16 +589,17 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return model, schedule, log
 
 
-def describe(trajectory, reward, group_size, spread):
-    """Diagnostics of a rollout: its rewards, and the schedule's four parameters, averaged over the steps where they
-    act, with how much each mean varies over canvases, in units of the exploration spread."""
+def describe(trajectory, reward, difference, group_size, spread):
+    """Diagnostics of a rollout: its rewards, the diversity within its groups, and the schedule's four parameters,
+    averaged over the steps where they act, with how much each mean varies over canvases, in units of the spread."""
     groups = reward.view(-1, group_size)
     equal = (groups.amax(1) == groups.amin(1)).float().mean()
     mean = torch.stack([step.mean for step in trajectory])  # [T, B, 4]
     acting = torch.stack([step.acts.any(0) for step in trajectory]).to(mean)  # [T, 4]
     acting /= acting.sum(0).clamp(min=1)
     value, moves = (constrain(mean).mean(1) * acting).sum(0), (mean.std(1) * acting).sum(0) / spread
-    return ({"reward": float(reward.mean()), "group_std": float(groups.std(1).mean()), "groups_equal": float(equal)}
+    return ({"reward": float(reward.mean()), "group_std": float(groups.std(1).mean()), "groups_equal": float(equal),
+             "diversity": float(difference.mean())}
             | dict(zip(NAMES, value.tolist())) | dict(zip([n + "_over_canvases" for n in NAMES], moves.tolist())))
 
 
@@ -679,9 +676,12 @@ def command_line(argv, world_settings):
         raise ValueError(f"--bench-tokens {args.bench_tokens}: must be at least 1")
     if args.eval_samples < 100:
         raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
+    if (args.ablate or args.bench) and "RANK" in os.environ:
+        raise ValueError(f"--{'ablate' if args.ablate else 'bench'} runs in one process: start it without torchrun")
     if args.worlds < 1:
         raise ValueError(f"--worlds {args.worlds}: must be at least 1")
-    if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + ["quick"] * args.quick):
+    if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + [
+            flag for flag in ("quick", "ablate", "bench") if getattr(args, flag)]):
         raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
     if not 0 <= args.seed < 2 ** 32:
         raise ValueError(f"--seed {args.seed}: must be in 0..2^32 - 1")
@@ -936,7 +936,7 @@ def bench(settings, model_settings, vocab_size, seq_len, device, repeats=8):
 # ------------------------------------------------------------- the ablation: is together better than either half?
 
 TRAINED = {  # what each arm changes; all have one pretrained model a world and the same number of reward calls
-    "joint": {}, "joint, no bonus": {"bonus": 0.0}, "joint, exact": {"likelihood": "exact"},
+    "joint": {}, "joint, bonus": {"bonus": 0.15}, "joint, exact": {"likelihood": "exact", "kl_model": 0.6},
     "joint, no KL": {"kl_model": 0.0, "kl_schedule": 0.0}, "model only": {"update": "model"},
     "schedule only": {"update": "schedule"}, "schedule only, blind": {"update": "schedule"},
     "alternate": {"update": "alternate"}, "alternate, twice the calls": {"update": "alternate"}}
