@@ -683,6 +683,8 @@ def command_line(argv, world_settings):
     if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + [
             flag for flag in ("quick", "ablate", "bench") if getattr(args, flag)]):
         raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
+    if args.ablate and (idle := sorted(set(given) & {"update", "rl_seed"})):
+        raise ValueError(f"--ablate sets --{idle[0].replace('_', '-')} for each arm itself: leave it out")
     if not 0 <= args.seed < 2 ** 32:
         raise ValueError(f"--seed {args.seed}: must be in 0..2^32 - 1")
     settings = [owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})
@@ -810,10 +812,12 @@ def read_csv(path):
 
 
 def append_csv(path, rows):
-    new = not path.exists()
+    names, new = list((read_csv(path) or rows)[0]), not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writerows(([dict(zip(rows[0], rows[0]))] if new else []) + rows)
+        writer = csv.DictWriter(file, names)
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_csv(path, rows):
@@ -1064,7 +1068,7 @@ def report(out, T):
     for title, less in ((f"mean and 95% interval over {len(joint)} worlds", 0), (f"paired: less joint, T = {T}", 1)):
         lines += [f"| {title} | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity |",
                   "|---" * 7 + "|"]
-        for (arm, steps), row in figures.items():
+        for (arm, steps), row in figures.items() if not less else [x for x in figures.items() if x[1] is not joint]:
             cells = [in_words([x[name] - less * joint[seed][name] for seed, x in row.items() if seed in joint],
                               decimals, "+" * less) for name, decimals in COLUMNS.items()]
             lines.append(f"| {arm}, T = {steps} | {' | '.join(cells)} |")

@@ -967,7 +967,7 @@ def test_interrupting_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     (["--data=broken"], "train-\\*"), (["--out=file/x"], "--out file/x"), (["--load=file"], "--load file: not a"),
     (["--load=none.pt"], "--load none.pt: no such"), (["--load=file", "--lr=1"], "--lr"), (["--dim=30"], "--heads"),
     (["--frobnicate"], "--frobnicate"), (["--seed=-1"], "--seed -1"),
-    (["--load=file", "--quick"], "--quick"), (["--eval-samples=3"], "--eval-samples 3")]
+    (["--load=file", "--quick"], "--quick"), (["--ablate", "--update=model"], "--update"), (["--eval-samples=3"], "--eval-samples 3")]
     + ([] if torch.cuda.is_available() else [(["--device=cuda"], "--device cuda")]))
 def test_bad_input_ends_in_one_line_and_status_2(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

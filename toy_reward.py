@@ -346,13 +346,13 @@ class World:
     def measure(self, tokens, cond):
         """All figures of a set of samples against the test digits, as a dict; the `_se` are standard errors over
         samples. tokens int64 [N, 49], cond int64 [N]."""
-        probability = self.reward(tokens, cond).exp(), self.held_out(tokens, cond), (
-            self.held_out_judge(decode(tokens, self.codebook))[:, :CLASSES].argmax(1) == cond).float()
+        logs = {"reward": self.reward(tokens, cond), "held_out": self.log_prob(self.held_out_judge, tokens, cond)}
+        digit = self.held_out_judge(decode(tokens, self.codebook))[:, :CLASSES].argmax(1)
+        shares = {name: values.exp() for name, values in logs.items()} | {"accuracy": (digit == cond).float()}
         row = {}
-        for name, values in zip(("reward", "held_out", "accuracy"), probability):
+        for name, values in shares.items():
             row |= {name: float(values.mean()), f"{name}_se": float(values.std() / len(values) ** 0.5)}
-            if name != "accuracy":
-                row["log_" + name] = float(values.log().mean())
+        row |= {"log_" + name: float(values.mean()) for name, values in logs.items()}
         for name, a, b in zip(("frechet", "pixel_frechet"), self._features(tokens), self.real):
             row[name] = frechet(a, b)
         return row | {"diversity": diversity(tokens, cond)}
