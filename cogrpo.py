@@ -1034,7 +1034,15 @@ def ablate(args, settings, model_settings, world_settings, device, progress):
                 cond = torch.arange(40, device=device) % toy.CLASSES
                 torch.save(blocks | {arm: sample(model, schedule, cond, T), "real digits": world.examples(4),
                                      "codebook": world.codebook}, out / "samples.pt")
-    report(out, T)
+    figures = read_ablation(path)
+    (out / "ablation.md").write_text("\n".join(lines := tables(figures, T)) + "\n")
+    print("\n".join(lines))
+    draw_ablation(out, figures, T)
+    blocks = torch.load(out / "samples.pt", map_location="cpu")
+    codebook = blocks.pop("codebook")
+    blocks = sorted(blocks.items(), key=lambda block: block[0] == "real digits")
+    toy.draw_samples(out / "samples.png", [blocks[:2], blocks[2:]], codebook)
+    print(f"tables and pictures are in {out}/")
 
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5% points of Student's t for 1, 2, ... degrees
@@ -1052,40 +1060,49 @@ def in_words(values, decimals, sign=""):
     return f"{mean:{sign}.{decimals}f}" + (f" ± {half:.{decimals}f}" if len(values) > 1 else "")
 
 
-def report(out, T):
-    """ablation.md, quality.png, frontier.png and samples.png, from ablation.csv and samples.pt alone."""
-    import toy_reward as toy
-    figures, courses = {}, {}  # (arm, T) -> seed -> row of numbers; arm -> what its rollouts showed along training
-    for row in read_csv(out / "ablation.csv"):
-        numbers = {name: float(row[name]) for name in (*COLUMNS, "log_reward", "log_held_out")}
-        figures.setdefault((row["arm"], int(row["T"])), {})[row["seed"]] = numbers
-        courses.setdefault(row["arm"], []).append(json.loads(row["course"]))
-    joint, hand = figures["joint", T], figures["hand-made", T]
-    halves = [figures.get((arm, T), {}) for arm in ("model only", "schedule only")]
-    swept = {steps: [row for (arm, at), row in figures.items() if arm in BY_HAND and at == steps] for steps in (T, 32)}
+def read_ablation(path):
+    """(arm, T) -> seed -> the row's numbers and `course`, from ablation.csv."""
+    figures = {}
+    for row in read_csv(path):
+        figures.setdefault((row["arm"], int(row["T"])), {})[row["seed"]] = {"course": json.loads(row["course"])} | {
+            name: float(row[name]) for name in (*COLUMNS, "log_reward", "log_held_out")}
+    return figures
 
-    lines = []
+
+def swept(figures, steps):
+    """The sweep of tau_s by hand at one T, a row for each value."""
+    return [row for (arm, at), row in figures.items() if arm in BY_HAND and at == steps]
+
+
+def tables(figures, T):
+    """Lines of markdown: means, paired differences, what a hand reaches at joint's diversity, the interaction."""
+    joint, hand, lines = figures["joint", T], figures["hand-made", T], []
     for title, less in ((f"mean and 95% interval over {len(joint)} worlds", 0), (f"paired: less joint, T = {T}", 1)):
         lines += [f"| {title} | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity |",
                   "|---" * 7 + "|"]
-        for (arm, steps), row in figures.items() if not less else [x for x in figures.items() if x[1] is not joint]:
+        for (arm, steps), row in figures.items():
             cells = [in_words([x[name] - less * joint[seed][name] for seed, x in row.items() if seed in joint],
                               decimals, "+" * less) for name, decimals in COLUMNS.items()]
-            lines.append(f"| {arm}, T = {steps} | {' | '.join(cells)} |")
+            if row is not joint or not less:
+                lines.append(f"| {arm}, T = {steps} | {' | '.join(cells)} |")
         lines.append("")
-    for steps, rows in swept.items():
+    for steps in (T, 32):
         ratios = []
         for seed in joint:
-            points = sorted((row[seed]["diversity"], row[seed]["held_out"]) for row in rows if seed in row)
+            points = sorted((row[seed]["diversity"], row[seed]["held_out"]) for row in swept(figures, steps))
             ratios.append(joint[seed]["held_out"] / np.interp(joint[seed]["diversity"], *zip(*points)))
         lines.append(f"held-out of joint at T = {T} to tau_s by hand at T = {steps} and joint's diversity: "
                      + in_words(ratios, 2))
+    halves = [figures.get((arm, T), {}) for arm in ("model only", "schedule only")]
     for name in ("reward", "log_reward", "held_out", "log_held_out") if all(halves) else ():
         more = [joint[seed][name] + hand[seed][name] - sum(half[seed][name] for half in halves) for seed in halves[1]]
         lines.append(f"joint's gain less the sum of the halves' gains, {name}: {in_words(more, 3, '+')}")
-    (out / "ablation.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return lines
 
+
+def draw_ablation(out, figures, T):
+    """quality.png and frontier.png."""
+    import toy_reward as toy
     panels = []
     for name, title in (("held_out", "held-out p(c | x)"), ("frechet", "Fréchet distance")):
         panels.append(dict(title=title, xlabel="steps T", lines=[], bands=[]))
@@ -1093,27 +1110,23 @@ def report(out, T):
             at = sorted(steps for other, steps in figures if other == arm)
             means = [interval([row[name] for row in figures[arm, steps].values()]) for steps in at]
             panels[-1]["lines"].append((arm, at, [mean for mean, _ in means], colour, False))
-            if len(joint) > 1:
+            if len(means) > 1 and not math.isnan(means[0][1]):
                 panels[-1]["bands"].append((at, *([m + sign * half for m, half in means] for sign in (-1, 1)), colour))
     toy.draw_panels(out / "quality.png", panels)
 
     def point(row):
         return [statistics.fmean(x[name] for x in row.values()) for name in ("diversity", "held_out")]
 
-    lines = [(f"tau_s by hand, T = {steps}", *zip(*sorted(map(point, rows))), toy.GREY, True)
-             for steps, rows in swept.items()]
+    lines = [(f"tau_s by hand, T = {steps}", *zip(*sorted(map(point, swept(figures, steps)))), toy.GREY, True)
+             for steps in (T, 32)]
     for arm, colour in (("joint, no KL", toy.RED), ("joint", toy.BLUE)):
-        lines.append((f"{arm}: along training", *np.mean(courses[arm], 0).T.tolist(), colour, True))
+        course = np.mean([x["course"] for x in figures[arm, T].values()], 0)
+        lines.append((f"{arm}: along training", *course.T.tolist(), colour, True))
     lines += [(arm, *[[x] for x in point(row)], toy.BLUE if arm == "joint" else toy.INK, False)
               for (arm, steps), row in figures.items() if arm not in BY_HAND and steps == T]
     toy.draw_panels(out / "frontier.png", [
         dict(title="held-out p(c | x) against diversity; up and to the right is better", xlabel="diversity",
              lines=lines, beside=True, width=840, height=560)], columns=1)
-    blocks = torch.load(out / "samples.pt", map_location="cpu")
-    codebook = blocks.pop("codebook")
-    blocks = sorted(blocks.items(), key=lambda block: block[0] == "real digits")
-    toy.draw_samples(out / "samples.png", [blocks[:2], blocks[2:]], codebook)
-    print(f"tables and pictures are in {out}/")
 
 
 def run(argv, progress):

@@ -110,6 +110,9 @@ def test_the_schedule_sees_the_canvas_and_the_condition():
     same = torch.rand(1, 5, dtype=torch.float64, device=DEVICE)
     early, late = (schedule(same, u) - schedule.prior(u, same) for u in (0.25, 0.75))  # and it knows how late it is
     assert (early - late).abs().min() > 1e-3
+    schedule.blind = True  # the ablation's: u and nothing else
+    trajectory = rollout(model, schedule, conds(16), 4, explore=False)[1]
+    assert all((step.mean == step.mean[0]).all() for step in trajectory)
 
 
 def test_statistics_look_at_masked_positions_only():
@@ -916,6 +919,23 @@ def test_the_ablation_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch
     assert stopped.value.code == 2 and "--out ablation: its ablation.csv is of" in capsys.readouterr().err
 
 
+def test_the_ablations_claims_against_numbers():
+    """Two worlds that differ a lot, arms that differ by little: paired differences, the interaction and what a hand
+    reaches at equal diversity (between two values of tau_s) do not see the worlds."""
+    def row(held_out, diversity):
+        return dict.fromkeys((*cogrpo.COLUMNS, "log_reward", "log_held_out"), held_out) | {"diversity": diversity}
+    figures = {("joint", 4): {"0": row(0.30, 0.35), "1": row(0.62, 0.35)}}
+    for arm, less in (("hand-made", 0.2), ("model only", 0.1), ("schedule only", 0.15)):
+        figures[arm, 4] = {"0": row(0.30 - less, 0.40), "1": row(0.62 - less, 0.40)}
+    figures["tau_s = 0.7", 4] = {"0": row(0.20, 0.30), "1": row(0.20, 0.30)}
+    figures["hand-made", 32] = {"0": row(0.2, 0.34), "1": row(0.4, 0.34)}
+    text = "\n".join(cogrpo.tables(figures, 4))
+    assert "| model only, T = 4 | -0.100 ± 0.000 | -0.100" in text
+    assert "gains, held_out: +0.050 ± 0.000" in text
+    ratios = [0.30 / 0.15, 0.62 / 0.31]  # halfway between tau_s = 1 (0.1; 0.42) and 0.7 (0.2)
+    assert f"by hand at T = 4 and joint's diversity: {np.mean(ratios):.2f} ± 0.00" in text
+
+
 def test_intervals_against_numbers():
     """Student's t: for 1, 2, 3 it is 4.303 / sqrt(3); coverage of 95% over many samples of five."""
     assert cogrpo.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.303 / 3 ** 0.5), rel=1e-3)
@@ -967,7 +987,8 @@ def test_interrupting_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     (["--data=broken"], "train-\\*"), (["--out=file/x"], "--out file/x"), (["--load=file"], "--load file: not a"),
     (["--load=none.pt"], "--load none.pt: no such"), (["--load=file", "--lr=1"], "--lr"), (["--dim=30"], "--heads"),
     (["--frobnicate"], "--frobnicate"), (["--seed=-1"], "--seed -1"),
-    (["--load=file", "--quick"], "--quick"), (["--ablate", "--update=model"], "--update"), (["--eval-samples=3"], "--eval-samples 3")]
+    (["--load=file", "--quick"], "--quick"), (["--eval-samples=3"], "--eval-samples 3"),
+    (["--ablate", "--update=model"], "--update")]
     + ([] if torch.cuda.is_available() else [(["--device=cuda"], "--device cuda")]))
 def test_bad_input_ends_in_one_line_and_status_2(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
