@@ -15,7 +15,8 @@ of the finished sample:
     update              PPO's clipped surrogate and a KL leash for either
                         factor, every step re-scored alone                       -> downsample, log_prob, update
 
-The box of the paper's figure and the function have the same name. What is ours and not the paper's is marked (ours).
+What is ours and not the paper's is marked (ours). l_c and l_u are the logits under the condition and under the null
+condition; guidance goes from one beyond the other.
 Left out: the paper's text-to-image backbone and reward models (bring yours: see `train`), any value function,
 gradients through the generation, and which tokens were KEPT as part of the likelihood: the paper's approximation,
 `--likelihood fill`. The likelihood that has it is `--likelihood exact` (ours).
@@ -23,12 +24,13 @@ gradients through the generation, and which tokens were KEPT as part of the like
     python cogrpo.py                  the whole pipeline on MNIST: pretrain, measure, Co-GRPO, measure, draw
     python cogrpo.py --quick          the same, small: a smoke test
     python cogrpo.py --load out/cogrpo.pt --steps 8       measure and draw a result at another T, in out/T8
+    python cogrpo.py --ablate         is together better than either half? every arm on five worlds, with intervals
     python cogrpo.py --bench          what Co-GRPO costs on top of the model's own passes, and its memory
     torchrun --nproc_per_node=2 cogrpo.py                 the groups of every rollout split over two processes
 
-As a library: `pretrain`, `train`, `sample`. A model is anything with `model(tokens int64 [B, L], cond int64 [B]) ->
-logits [B, L, V]` (V tokens, never [MASK]) and the attributes seq_len, vocab_size, mask_id, null_cond (None: no
-guidance); a reward is anything with `reward_fn(tokens [B, L], cond [B]) -> float [B]`.
+As a library: `pretrain`, `train`, `sample`. A model is an nn.Module with `model(tokens int64 [B, L], cond int64 [B]) ->
+logits [B, L, V]` (V tokens, never [MASK]) and the attributes seq_len, mask_id, null_cond (None: no guidance); a reward
+is anything with `reward_fn(tokens [B, L], cond [B]) -> float [B]`.
 """
 import argparse
 import copy
@@ -105,8 +107,8 @@ class Settings:
 # --------------------------------------------------------------------------- the masked diffusion model, pretrained
 
 class Block(nn.Module):
-    """Pre-norm transformer block, attention over all positions: x float [B, L, D] -> [B, L, D]. Starts as the identity,
-    which halves the pretraining that a given loss takes."""
+    """Pre-norm transformer block, attention over all positions: x float [B, L, D] -> [B, L, D]. Starts as the identity
+    but for a bias, which halves the pretraining that a given loss takes."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -166,7 +168,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
         if model.null_cond is not None:
             c = torch.where(torch.rand(batch, device=c.device) < drop, model.null_cond, c)
         ratio = torch.cos(torch.rand(batch, 1, device=c.device) * math.pi / 2)
-        rank = torch.rand(target.shape, device=c.device).argsort(1).argsort(1)
+        rank = torch.rand(target.shape, device=c.device).argsort(1).argsort(1)  # of a random permutation: an exact count
         masked = rank < (ratio * model.seq_len).ceil()
         logits = at_least_float32(model(torch.where(masked, model.mask_id, target), c))
         loss = F.cross_entropy(logits.transpose(1, 2), torch.where(masked, target, -100))
@@ -267,7 +269,7 @@ class Step:
     mean: torch.Tensor      # the schedule's mean, unconstrained, [B, 4]
     action: torch.Tensor    # A, unconstrained, [B, 4]
     candidate: torch.Tensor  # a token drawn for every position, int64 [B, L]
-    filled: torch.Tensor    # I^fill: where the candidate was kept, bool [B, L]
+    filled: torch.Tensor    # where the candidate was kept, bool [B, L]
     last: torch.Tensor      # the position that was kept last, int64 [B, 1]
     threshold: torch.Tensor  # its score, the lowest of those kept, [B, 1]
     old_model: torch.Tensor = None     # log-probs at the time of the rollout: [B, K], see `log_prob`
@@ -418,7 +420,8 @@ def log_prob(schedule, mean, l_c, l_u, step, likelihood):
 
 def downsample(trajectory, cond, advantage, s):
     """A rollout's samples that say most: of every group the lowest and the highest advantages, as many of either, a
-    share s.keep in all. (ours; the idea of PODS, arXiv 2504.13818, which seeks the split of largest variance)
+    share s.keep in all (of an odd number one more of the highest). (ours; the idea of PODS, arXiv 2504.13818, which
+    seeks the split of largest variance)
 
     What they weigh together stays what it was among all: their advantages are scaled by the share.
     """
@@ -455,7 +458,8 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
         for optimizer in optimizers:
             optimizer.zero_grad()
         for whole, rows in itertools.product(trajectory, chunks):
-            step, c, A = whole.take(rows, math.gcd(whole.share, len(chunks[0]))), cond[rows], advantage[rows]
+            share = math.gcd(whole.share, len(chunks[0]))  # a chunk may cut through a group
+            step, c, A = whole.take(rows, share), cond[rows], advantage[rows]
             with torch.set_grad_enabled(with_theta):
                 l_c, l_u = branches(model, step.canvas, c, step.share)
             with torch.no_grad():  # KL on l_c alone, un-tempered: B rows instead of 2B (ours)
@@ -483,7 +487,7 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
                 per_factor = exists / exists.sum().clamp(min=1) * len(c) / (B * T)
                 for name, new, old, weight in (("model", log_theta, step.old_model, per_factor),
                                                ("schedule", log_phi, step.old_schedule, 1 / (B * T))):
-                    log_ratio = new - old
+                    log_ratio = new - old  # ratio - 1 - log ratio estimates KL(old || new)
                     sums["approx_kl_" + name] += ((log_ratio.expm1() - log_ratio) * weight).sum()
                     sums["clip_" + name] += ((log_ratio.expm1().abs() > s.clip) * weight).sum()
                 sums["kl_model"] += kl_model
@@ -491,7 +495,7 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
         for learns, name, parameters, optimizer in ((with_theta, "grad_model", theta, optimizers[0]),
                                                     (with_phi, "grad_schedule", phi, optimizers[1])):
             if learns:
-                average_gradients(parameters)
+                average(p.grad for p in parameters if p.grad is not None)
                 sums[name] = nn.utils.clip_grad_norm_(parameters, s.grad_norm)
                 optimizer.step()
     return {name: float(value) for name, value in sums.items()}
@@ -508,20 +512,11 @@ def processes(groups):
     return rank, ranks
 
 
-def average_gradients(parameters):
-    for p in parameters if dist.is_initialized() else ():
-        if p.grad is not None:
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
-
-
-def gathered(x):
-    """x [n, ...] of every process, one after the other: [N n, ...]."""
-    if not dist.is_initialized():
-        return x
-    everywhere = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(everywhere, x)
-    return torch.cat(everywhere)
+def average(tensors):
+    """Each becomes its mean over the processes, in place."""
+    for x in tensors if dist.is_initialized() else ():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
 
 
 def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, schedule=None):
@@ -548,6 +543,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     if ranks > 1:  # one start for all, then each its own rollouts
         for p in (*model.parameters(), *schedule.parameters()):
             dist.broadcast(p.data, 0)
+        reference = copy.deepcopy(model).requires_grad_(False)
         torch.manual_seed(torch.initial_seed() + rank)
     log, rows = [], 0
     turns = ("model", "schedule") if s.update == "alternate" else (s.update,)
@@ -575,7 +571,9 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         drawn, scored = (sum(len(step.canvas) // step.share for step in steps) for steps in (trajectory, kept[0]))
         halves, backward = 1 if model.null_cond is None else 2, 0 if which == "schedule" else 2
         rows += ranks * (halves * drawn + s.epochs * (halves * (1 + backward) + 1) * scored)  # + 1: the reference
-        row = dict(zip(row, gathered(reward.new_tensor([list(row.values())])).mean(0).tolist()))
+        values = reward.new_tensor(list(row.values()))
+        average([values])
+        row = dict(zip(row, values.tolist()))
         row = {"iter": i, "rows": rows} | row
         if not all(map(math.isfinite, row.values())):
             raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: the update left the finite numbers in "
@@ -645,7 +643,8 @@ def command_line(argv, world_settings):
     run = parser.add_argument_group("run")
     run.add_argument("--data", metavar="DIR|drawn", help="folder with MNIST (torchvision's layout), or digits that "
                      "Pillow draws; default: ./data, else download, else drawn")
-    run.add_argument("--out", metavar="DIR", help="where results go (out; with --load: a folder T<steps> beside FILE)")
+    run.add_argument("--out", metavar="DIR", help="where results go (out; with --ablate: ablation; "
+                     "with --load: a folder T<steps> beside FILE)")
     run.add_argument("--cache", default="cache", metavar="DIR", help="where worlds are kept for next time (cache)")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
                      help="where to compute (auto: cuda, else mps, else cpu)")
@@ -676,19 +675,25 @@ def command_line(argv, world_settings):
         raise ValueError(f"--bench-tokens {args.bench_tokens}: must be at least 1")
     if args.eval_samples < 100:
         raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
-    if (args.ablate or args.bench) and "RANK" in os.environ:
-        raise ValueError(f"--{'ablate' if args.ablate else 'bench'} runs in one process: start it without torchrun")
+    modes = [name for name in ("load", "ablate", "bench") if getattr(args, name)]
+    if len(modes) > 1:
+        raise ValueError(f"--{modes[0]} and --{modes[1]} are two jobs: give one")
+    if modes and "RANK" in os.environ:
+        raise ValueError(f"--{modes[0]} runs in one process: start it without torchrun")
     if args.worlds < 1:
         raise ValueError(f"--worlds {args.worlds}: must be at least 1")
-    if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + [
-            flag for flag in ("quick", "ablate", "bench") if getattr(args, flag)]):
+    if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + ["quick"] * args.quick):
         raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
-    if args.ablate and (idle := sorted(set(given) & {"update", "rl_seed"})):
+    if args.ablate and (idle := sorted(set(given) & {"update", "likelihood", "bonus", "rl_seed"})):
         raise ValueError(f"--ablate sets --{idle[0].replace('_', '-')} for each arm itself: leave it out")
-    if not 0 <= args.seed < 2 ** 32:
-        raise ValueError(f"--seed {args.seed}: must be in 0..2^32 - 1")
+    for name in ("seed", "rl_seed"):
+        if not 0 <= values[name] < 2 ** 32:
+            raise ValueError(f"--{name.replace('_', '-')} {values[name]}: must be in 0..2^32 - 1")
     settings = [owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})
                 for owner in owners.values()]
+    s, least = settings[0], 1 if args.quick else 3200  # `best_by_hand`: 5 rounds, 32 contenders, two of each digit
+    if args.ablate and s.iters * s.groups * s.group_size < least:
+        raise ValueError(f"--iters {s.iters}: --ablate needs iters * groups * group_size of at least {least}")
     return args, *settings, given
 
 
@@ -756,13 +761,14 @@ def load_checkpoint(path, device="cpu"):
 
 
 def get_world(args, model_settings, world_settings, device):
-    """The toy world and its pretrained MDM, from the cache or made anew: (World, MDM, facts to print)."""
-    import toy_reward as toy
+    """The toy world and its pretrained MDM, from the cache or made anew: (World, MDM, its arguments, facts)."""
+    import toy_reward as toy  # here and below, for as a library this file needs neither torchvision nor Pillow
     train_set, test_set, source, data_key = toy.load_digits(args.data, world_settings, args.seed)
     print(source)
     # The code that makes a world counts as a setting: who edits it gets a new one.
-    code = "".join(inspect.getsource(x) for x in (Block, MDM, pretrain, toy.drawn_digits, toy.fit_codebook, toy.splice,
-                                                  toy.Judge, toy.train_judge))
+    code = "".join(inspect.getsource(x) for x in (Block, MDM, pretrain, toy.drawn_digits, toy.patches, toy.fit_codebook,
+                                                  toy.encode, toy.decode, toy.splice, toy.Judge, toy.train_judge,
+                                                  toy.World.build))
     wanted = {"data": data_key, "seed": args.seed} | asdict(model_settings) | asdict(world_settings)
     key = hashlib.sha256(f"{sorted(wanted.items())}{code}".encode()).hexdigest()[:12]
     path = Path(args.cache) / f"world-{key}.pt"
@@ -809,15 +815,6 @@ def markdown(rows):
 
 def read_csv(path):
     return list(csv.DictReader(open(path, newline=""))) if path.exists() else []
-
-
-def append_csv(path, rows):
-    names, new = list((read_csv(path) or rows)[0]), not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_csv(path, rows):
@@ -939,7 +936,9 @@ def bench(settings, model_settings, vocab_size, seq_len, device, repeats=8):
 
 # ------------------------------------------------------------- the ablation: is together better than either half?
 
-TRAINED = {  # what each arm changes; all have one pretrained model a world and the same number of reward calls
+# What each arm changes. All start from one pretrained model a world and call the reward equally often, but that "twice"
+# doubles the iterations; "blind" hides the canvas from the schedule; "exact" has more factors, so a heavier leash.
+TRAINED = {
     "joint": {}, "joint, bonus": {"bonus": 0.15}, "joint, exact": {"likelihood": "exact", "kl_model": 0.6},
     "joint, no KL": {"kl_model": 0.0, "kl_schedule": 0.0}, "model only": {"update": "model"},
     "schedule only": {"update": "schedule"}, "schedule only, blind": {"update": "schedule"},
@@ -960,10 +959,10 @@ def best_by_hand(base, world, s, floor, device, candidates=32):
     who falls below the diversity `floor` is out."""
     import toy_reward as toy
     torch.manual_seed(s.rl_seed)
-    U = torch.rand(candidates - 1, 4)
+    U = torch.rand(candidates - 1, 4)  # power in 0.5 .. 2, tau_s in 0.5 .. 1.2, tau_r in 0 .. 15, w in 0 .. 3
     U = torch.stack([2 ** (2 * U[:, 0] - 1), 0.5 + 0.7 * U[:, 1], 15 * U[:, 2], 3 * U[:, 3]], 1)
-    contenders, rounds = [BY_HAND["hand-made"]] + U.tolist(), int(math.log2(candidates))
-    for _ in range(rounds):
+    contenders, rounds = [BY_HAND["hand-made"], *map(tuple, U.tolist())], int(math.log2(candidates))
+    while len(contenders) > 1:
         cond = torch.arange(s.iters * s.groups * s.group_size // rounds // len(contenders), device=device) % toy.CLASSES
         results = []
         for contender in contenders:
@@ -971,8 +970,6 @@ def best_by_hand(base, world, s, floor, device, candidates=32):
             if toy.diversity(tokens, cond) >= floor:
                 results.append((float(world.reward(tokens, cond).mean()), contender))
         contenders = [c for _, c in sorted(results, reverse=True)][:len(contenders) // 2] or contenders[:1]
-        if len(contenders) == 1:
-            break
     print("best by hand: cos^{:.2f}, tau_s {:.2f}, tau_r {:.1f} (1 - u), w {:.2f}".format(*contenders[0]))
     return by_hand(*contenders[0])
 
@@ -993,20 +990,21 @@ def run_arm(arm, world, base, s, floor, device):
 
 
 def ablate(args, settings, model_settings, world_settings, device, progress):
-    """Run the arms that ablation.csv does not have yet, one row a run; then tables and pictures, from that file."""
+    """Run the arms that ablation.csv does not have yet, a row for each arm and T; then tables and pictures, from
+    that file."""
     import toy_reward as toy
     out, T = writable_folder("--out", args.out or "ablation"), settings.steps
     writable_folder("--cache", args.cache)
     seeds = range(args.seed, args.seed + args.worlds)
-    path = out / "ablation.csv"
+    path, samples = out / "ablation.csv", out / "samples.pt"
     progress["saved"] = f"what has ended is in {path}: the same command goes on"
     alike = vars(args) | asdict(settings) | asdict(model_settings) | asdict(world_settings)
     for name in ("seed", "rl_seed", "worlds", "out", "cache", "device"):
         del alike[name]
     key = hashlib.sha256(f"{sorted(alike.items())}".encode()).hexdigest()[:12]
-    for args.seed in seeds:
+    for args.seed in seeds:  # `get_world` and `evaluate` read it there
         done = read_csv(path)
-        if any(row["settings"] != key for row in done):
+        if any(row.get("settings") != key for row in done):
             raise ValueError(f"--out {out}: its ablation.csv is of other settings; name another folder")
         here = {row["arm"]: row for row in done if (row["seed"], row["T"]) == (str(args.seed), str(T))}
         arms = QUICK_ARMS if args.quick else (*BY_HAND, "best by hand", *TRAINED)
@@ -1020,32 +1018,35 @@ def ablate(args, settings, model_settings, world_settings, device, progress):
                 s = replace(s, iters=2 * s.iters)
             floor = 0.85 * float(here["hand-made"]["diversity"]) if "hand-made" in here else 0
             model, schedule, log = run_arm(arm, world, base, s, floor, device)
+            seconds = round(time.perf_counter() - start)
             at = {"hand-made": (T, 8, 16, 32), "joint": (T, 2, 8, 16)}.get(arm, (T, 32) if arm in BY_HAND else (T,))
             rows = [evaluate(world, arm, model, schedule, steps, args) for steps in dict.fromkeys(at)]
             here[arm], tenth = rows[0], max(1, len(log) // 10)
             course = [[statistics.fmean(row[name] for row in log[i:i + tenth]) for name in ("diversity", "held_out")]
                       for i in range(0, len(log), tenth)]
-            calls, seconds = len(log) * s.groups * s.group_size, round(time.perf_counter() - start)
-            append_csv(path, [{"settings": key, "seed": args.seed, "arm": arm, "T": row["passes"] // 2} | row | {
-                "reward_calls": calls, "seconds": seconds, "course": json.dumps(course)} for row in rows])
+            calls = 0 if arm in BY_HAND else s.iters * s.groups * s.group_size
+            rows = [{"settings": key, "seed": args.seed, "arm": arm, "T": row["passes"] // 2} | row | {
+                "reward_calls": calls, "seconds": seconds, "course": json.dumps(course)} for row in rows]
             if args.seed == seeds[0] and arm in QUICK_ARMS:  # four of each class, for the picture
-                blocks = torch.load(out / "samples.pt") if (out / "samples.pt").exists() else {}
                 torch.manual_seed(args.seed)
                 cond = torch.arange(40, device=device) % toy.CLASSES
-                torch.save(blocks | {arm: sample(model, schedule, cond, T), "real digits": world.examples(4),
-                                     "codebook": world.codebook}, out / "samples.pt")
+                blocks = torch.load(samples, "cpu", weights_only=True) if samples.exists() else {}
+                blocks |= {arm: sample(model, schedule, cond, T), "real digits": world.examples(4),
+                           "codebook": world.codebook}
+                toy.save_whole(samples, lambda part: torch.save(blocks, part))
+            toy.save_whole(path, lambda part: write_csv(part, read_csv(path) + rows))
     figures = read_ablation(path)
     (out / "ablation.md").write_text("\n".join(lines := tables(figures, T)) + "\n")
     print("\n".join(lines))
     draw_ablation(out, figures, T)
-    blocks = torch.load(out / "samples.pt", map_location="cpu")
+    blocks = torch.load(samples, "cpu", weights_only=True)
     codebook = blocks.pop("codebook")
     blocks = sorted(blocks.items(), key=lambda block: block[0] == "real digits")
     toy.draw_samples(out / "samples.png", [blocks[:2], blocks[2:]], codebook)
     print(f"tables and pictures are in {out}/")
 
 
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # 97.5% points of Student's t for 1, 2, ... degrees
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 97.5%, for 1, 2, ... 9 and more degrees
 
 
 def interval(values):
@@ -1077,7 +1078,8 @@ def swept(figures, steps):
 def tables(figures, T):
     """Lines of markdown: means, paired differences, what a hand reaches at joint's diversity, the interaction."""
     joint, hand, lines = figures["joint", T], figures["hand-made", T], []
-    for title, less in ((f"mean and 95% interval over {len(joint)} worlds", 0), (f"paired: less joint, T = {T}", 1)):
+    for title, less in ((f"mean and 95% interval over {len(joint)} worlds", 0),
+                        (f"difference to joint at T = {T}, paired", 1)):
         lines += [f"| {title} | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity |",
                   "|---" * 7 + "|"]
         for (arm, steps), row in figures.items():
@@ -1086,13 +1088,14 @@ def tables(figures, T):
             if row is not joint or not less:
                 lines.append(f"| {arm}, T = {steps} | {' | '.join(cells)} |")
         lines.append("")
-    for steps in (T, 32):
+    for steps in dict.fromkeys((T, 32)):
         ratios = []
-        for seed in joint:
-            points = sorted((row[seed]["diversity"], row[seed]["held_out"]) for row in swept(figures, steps))
-            ratios.append(joint[seed]["held_out"] / np.interp(joint[seed]["diversity"], *zip(*points)))
-        lines.append(f"held-out of joint at T = {T} to tau_s by hand at T = {steps} and joint's diversity: "
-                     + in_words(ratios, 2))
+        for seed, row in joint.items():
+            points = sorted((hand[seed]["diversity"], hand[seed]["held_out"]) for hand in swept(figures, steps))
+            ratios.append(row["held_out"] / np.interp(row["diversity"], *zip(*points), left=math.nan, right=math.nan))
+        within = [ratio for ratio in ratios if not math.isnan(ratio)]  # the sweep reaches that diversity
+        lines.append(f"held-out, joint at T = {T} over tau_s by hand at T = {steps} of equal diversity (ratio): "
+                     + (in_words(within, 2) if within else "-") + f", in {len(within)} of {len(joint)} worlds")
     halves = [figures.get((arm, T), {}) for arm in ("model only", "schedule only")]
     for name in ("reward", "log_reward", "held_out", "log_held_out") if all(halves) else ():
         more = [joint[seed][name] + hand[seed][name] - sum(half[seed][name] for half in halves) for seed in halves[1]]
@@ -1118,10 +1121,10 @@ def draw_ablation(out, figures, T):
         return [statistics.fmean(x[name] for x in row.values()) for name in ("diversity", "held_out")]
 
     lines = [(f"tau_s by hand, T = {steps}", *zip(*sorted(map(point, swept(figures, steps)))), toy.GREY, True)
-             for steps in (T, 32)]
+             for steps in dict.fromkeys((T, 32))]
     for arm, colour in (("joint, no KL", toy.RED), ("joint", toy.BLUE)):
         course = np.mean([x["course"] for x in figures[arm, T].values()], 0)
-        lines.append((f"{arm}: along training", *course.T.tolist(), colour, True))
+        lines.append((f"{arm}: training, exploring", *course.T.tolist(), colour, True))
     lines += [(arm, *[[x] for x in point(row)], toy.BLUE if arm == "joint" else toy.INK, False)
               for (arm, steps), row in figures.items() if arm not in BY_HAND and steps == T]
     toy.draw_panels(out / "frontier.png", [

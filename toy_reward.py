@@ -121,8 +121,7 @@ def _download(root):
     if thread.is_alive():
         problem.append(f"nothing came for {DOWNLOAD_TIMEOUT:g} s")
     elif not problem:
-        Path(root).mkdir(exist_ok=True)
-        shutil.move(part / "MNIST", Path(root) / "MNIST")
+        shutil.copytree(part / "MNIST", Path(root) / "MNIST", dirs_exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)
     return problem[0] if problem else None
 
@@ -344,8 +343,8 @@ class World:
 
     @torch.no_grad()
     def measure(self, tokens, cond):
-        """All figures of a set of samples against the test digits, as a dict; the `_se` are standard errors over
-        samples. tokens int64 [N, 49], cond int64 [N]."""
+        """All figures of a set of samples against the test digits, as a dict: "reward" is the mean p, "log_reward" what
+        training maximises; the `_se` are standard errors over samples. tokens int64 [N, 49], cond int64 [N]."""
         logs = {"reward": self.reward(tokens, cond), "held_out": self.log_prob(self.held_out_judge, tokens, cond)}
         digit = self.held_out_judge(decode(tokens, self.codebook))[:, :CLASSES].argmax(1)
         shares = {name: values.exp() for name, values in logs.items()} | {"accuracy": (digit == cond).float()}
