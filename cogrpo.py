@@ -168,7 +168,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
         if model.null_cond is not None:
             c = torch.where(torch.rand(batch, device=c.device) < drop, model.null_cond, c)
         ratio = torch.cos(torch.rand(batch, 1, device=c.device) * math.pi / 2)
-        rank = torch.rand(target.shape, device=c.device).argsort(1).argsort(1)  # of a random permutation: an exact count
+        rank = torch.rand(target.shape, device=c.device).argsort(1).argsort(1)  # so the count is exact
         masked = rank < (ratio * model.seq_len).ceil()
         logits = at_least_float32(model(torch.where(masked, model.mask_id, target), c))
         loss = F.cross_entropy(logits.transpose(1, 2), torch.where(masked, target, -100))
