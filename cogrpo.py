@@ -1107,7 +1107,7 @@ def draw_ablation(out, figures, T):
     """quality.png and frontier.png."""
     import toy_reward as toy
     panels = []
-    for name, title in (("held_out", "held-out p(c | x)"), ("frechet", "Fréchet distance")):
+    for name, title in (("held_out", "held-out p(c | x)"), ("frechet", "Frechet distance")):  # the font has no accents
         panels.append(dict(title=title, xlabel="steps T", lines=[], bands=[]))
         for arm, colour in (("hand-made", toy.GREY), ("joint", toy.BLUE)):
             at = sorted(steps for other, steps in figures if other == arm)
