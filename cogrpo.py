@@ -28,6 +28,8 @@ gradients through the generation, and which tokens were KEPT as part of the like
     python cogrpo.py --bench          what Co-GRPO costs on top of the model's own passes, and its memory
     torchrun --nproc_per_node=2 cogrpo.py                 the groups of every rollout split over two processes
 
+Read down to `train`: there the method ends; what follows is the toy world's command line, benchmark and ablation.
+
 As a library: `pretrain`, `train`, `sample`. A model is an nn.Module with `model(tokens int64 [B, L], cond int64 [B]) ->
 logits [B, L, V]` (V tokens, never [MASK]) and the attributes seq_len, mask_id, null_cond (None: no guidance); a reward
 is anything with `reward_fn(tokens [B, L], cond [B]) -> float [B]`.
