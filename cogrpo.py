@@ -359,7 +359,7 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         acts = torch.stack([ranks, some, ranks, some & (l_u is not None)], 1)
         step = Step(u, canvas, masked, share, acts, mean, action, candidate, filled, last, threshold)
         if explore:
-            step.old_model, _, step.old_schedule = log_prob(schedule, mean, l_c, l_u, step, likelihood)
+            step.old_model, _, step.old_schedule = log_prob(schedule, mean, logits, step, likelihood)
         trajectory.append(step)
         canvas, share = torch.where(filled, candidate, canvas), 1
     return canvas, trajectory
@@ -388,9 +388,9 @@ def group_difference(tokens, group_size):
     return (groups[:, :, None] != groups[:, None]).float().mean(3).sum(2).flatten() / (group_size - 1)
 
 
-def log_prob(schedule, mean, l_c, l_u, step, likelihood):
-    """Log-probability of what a step did, under given branches and mean of the schedule: (model [B, K], exists bool
-    [B, K], schedule [B]).
+def log_prob(schedule, mean, logits, step, likelihood):
+    """Log-probability of what a step did, under a given mean of the schedule and guided logits [B, L, V]: (model
+    [B, K], exists bool [B, K], schedule [B]).
 
     The model's comes in K factors, each with a ratio and a clip of its own, zero where it does not exist:
     fill   K = L: the filled tokens under the guided, tempered distribution that they were drawn from (the paper's)
@@ -401,8 +401,7 @@ def log_prob(schedule, mean, l_c, l_u, step, likelihood):
            rate = exp((log-confidence - c) / tau_r).
     """
     log_phi = schedule.log_prob(mean, step.action, step.acts)
-    _, tau_s, tau_r, w = constrain(step.action)[:, :, None, None].unbind(1)
-    logits = guided_logits(l_c, l_u, w)
+    _, tau_s, tau_r, _ = constrain(step.action)[:, :, None, None].unbind(1)
     log_p = F.log_softmax(logits / tau_s, 2)
     chosen = step.candidate[:, :, None]
     token = log_p.gather(2, chosen)[:, :, 0]
@@ -471,7 +470,8 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
             kl_model = ((log_p.exp() * (log_p - log_q)).sum(2) * step.masked).sum() / (B * L)
 
             mean = schedule(canvas_statistics(l_c, step.masked), step.u)
-            log_theta, exists, log_phi = log_prob(schedule, mean, l_c, l_u, step, s.likelihood)
+            logits = guided_logits(l_c, l_u, constrain(step.action)[:, 3, None, None])
+            log_theta, exists, log_phi = log_prob(schedule, mean, logits, step, s.likelihood)
             gain = surrogate(log_theta, step.old_model, A[:, None], s.clip)
             loss_theta = -(gain * exists).sum() / (B * L) + s.kl_model * kl_model
 

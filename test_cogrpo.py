@@ -53,7 +53,8 @@ def rescored(model, schedule, step, cond, likelihood):
     """What `log_prob` says of a step under the weights as they are now."""
     l_c, l_u = cogrpo.branches(model, step.canvas, cond)
     mean = schedule(cogrpo.canvas_statistics(l_c, step.masked), step.u)
-    return log_prob(schedule, mean, l_c, l_u, step, likelihood)
+    logits = cogrpo.guided_logits(l_c, l_u, cogrpo.constrain(step.action)[:, 3, None, None])
+    return log_prob(schedule, mean, logits, step, likelihood)
 
 
 # --------------------------------------------------------------------------------------------- rollout and schedule
