@@ -1102,6 +1102,9 @@ def tables(figures, T):
     for name in ("reward", "log_reward", "held_out", "log_held_out") if all(halves) else ():
         more = [joint[seed][name] + hand[seed][name] - sum(half[seed][name] for half in halves) for seed in halves[1]]
         lines.append(f"joint's gain less the sum of the halves' gains, {name}: {in_words(more, 3, '+')}")
+    if blind := figures.get(("schedule only, blind", T)):
+        more = [halves[1][seed]["held_out"] - row["held_out"] for seed, row in blind.items()]
+        lines.append(f"schedule only, what seeing the canvas adds, held_out: {in_words(more, 3, '+')}")
     return lines
 
 

@@ -469,7 +469,7 @@ def _panel(title, lines, bands=(), xlabel="", beside=False, width=420, height=26
         outline = [at(*p) for p in zip(x, upper)] + [at(*p) for p in reversed(list(zip(x, lower)))]
         if len(x) > 1:
             draw.polygon(outline, tuple(255 - (255 - c) // 4 for c in colour))
-    labels = []  # where those beside a point stand, so that none covers another
+    labels = []  # where those beside a point stand: none shall cover another
     for i, (label, x, y, colour, dashed) in enumerate(lines):
         points = [at(*p) for p in zip(x, y)]
         for a, b in zip(points, points[1:]):
@@ -483,8 +483,8 @@ def _panel(title, lines, bands=(), xlabel="", beside=False, width=420, height=26
         if beside:
             (px, py), wide = points[-1], draw.textlength(label, ImageFont.load_default(size=12 * big))
             px += 7 * big if px + 9 * big + wide < page.width else -7 * big - wide
-            while any(abs(py - y) < 12 * big and px < x + w and x < px + wide for x, y, w in labels):
-                py += big
+            py = next(y for d in range(height * big) for y in (py - d, py + d) if not any(
+                abs(y - other) < 13 * big and px < x + w and x < px + wide for x, other, w in labels))
             labels.append((px, py, wide))
             _text(draw, (px, py), label, 12 * big, colour, "lm")
         else:
