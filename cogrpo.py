@@ -440,6 +440,11 @@ def surrogate(log_p, old, advantage, clip):
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
+def learning(model):
+    """The parameters that are not frozen."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def update(model, schedule, reference, optimizers, trajectory, cond, advantage, s, which="joint"):
     """Re-score a rollout step by step and take one step of theta and phi per epoch (or of one of them: `which`).
 
@@ -451,7 +456,7 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
     """
     B, L, T = len(cond), model.seq_len, len(trajectory)
     chunks = torch.arange(B, device=cond.device).split(s.micro_batch or B)
-    theta, phi = list(model.parameters()), list(schedule.parameters())
+    theta, phi = learning(model), list(schedule.parameters())
     with_theta, with_phi = which != "schedule", which != "model"
     for _ in range(s.epochs):
         sums = dict.fromkeys(("kl_model", "approx_kl_model", "clip_model", "kl_schedule", "approx_kl_schedule",
@@ -525,8 +530,8 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     """Co-GRPO: rollout, advantage, update, `settings.iters` times. Returns (model, schedule, log).
 
     model: pretrained; it is put in eval mode and else left as it is, serves as the KL's reference; a trained copy is
-    returned. schedule: a Schedule to start from, say one around other hand-made functions; its spread counts, not the
-    settings' (default: a new one).
+    returned, where what was frozen (requires_grad=False) is as before. schedule: a Schedule to start from, say one
+    around other hand-made functions; its spread counts, not the settings' (default: a new one).
     reward_fn(tokens int64 [B, L], cond int64 [B]) -> float [B]. conds int64 [C]: the groups' conditions, taken in turn.
     on_iteration(row, model, schedule, tokens, cond) sees every iteration and may add to its row of the log.
     log: one dict of floats an iteration, `rows` among them: the rows that went through the model so far, a backward
@@ -536,11 +541,11 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     s, (rank, ranks) = settings, processes(settings.groups)
     if s.rl_seed is not None:
         torch.manual_seed(s.rl_seed)
-    reference, model = model.eval(), copy.deepcopy(model).eval().requires_grad_(True)
+    reference, model = model.eval(), copy.deepcopy(model).eval()
     weights = next(model.parameters())
     schedule = copy.deepcopy(schedule) if schedule else Schedule(s.spread)
     schedule.to(weights.device, torch.promote_types(weights.dtype, torch.float32))
-    optimizers = (torch.optim.AdamW(model.parameters(), s.lr, weight_decay=0, fused=weights.is_cuda),
+    optimizers = (torch.optim.AdamW(learning(model), s.lr, weight_decay=0, fused=weights.is_cuda),
                   torch.optim.Adam(schedule.parameters(), s.schedule_lr, fused=weights.is_cuda))
     if ranks > 1:  # one start for all, then each its own rollouts
         for p in (*model.parameters(), *schedule.parameters()):
@@ -579,7 +584,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
         row = {"iter": i, "rows": rows} | row
         if not all(map(math.isfinite, row.values())):
             raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: the update left the finite numbers in "
-                             f"iteration {i}; lower them")
+                             f"iteration {i}; lower them (or the model's logits hold infinities: it must not)")
         log.append(row)
         if on_iteration:
             on_iteration(row, model, schedule, tokens, cond)
@@ -652,9 +657,10 @@ def command_line(argv, world_settings):
                      help="where to compute (auto: cuda, else mps, else cpu)")
     run.add_argument("--seed", type=int, default=0, help="of data split, judges, pretraining, everything (0)")
     run.add_argument("--quick", action="store_true", help="every stage and file, but small: a smoke test")
-    run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure and draw it, no training")
+    run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure (on --eval-samples) and draw it, no training")
     run.add_argument("--bench", action="store_true", help="time Co-GRPO against the model passes it needs; no data")
-    run.add_argument("--bench-tokens", type=int, default=49, metavar="L", help="length of --bench's sequences (49)")
+    run.add_argument("--bench-tokens", type=int, default=argparse.SUPPRESS, metavar="L",
+                     help="length of --bench's sequences (49)")
     run.add_argument("--ablate", action="store_true", help="every arm on several worlds, with intervals; goes on where "
                      "it was stopped")
     run.add_argument("--worlds", type=int, metavar="N", default=argparse.SUPPRESS,
@@ -671,8 +677,13 @@ def command_line(argv, world_settings):
                                metavar=None if f.metadata.get("choices") else f.type.__name__.upper())
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for o in owners.values() for f in fields(o) if hasattr(args, f.name)}
-    values = {"eval_samples": 1000, "worlds": 5, "rl_seed": args.seed} | (QUICK if args.quick else {}) | vars(args)
-    args.eval_samples, args.worlds = values["eval_samples"], values["worlds"]
+    values = {"eval_samples": 1000, "worlds": 5, "bench_tokens": 49, "rl_seed": args.seed}
+    values |= (QUICK if args.quick else {}) | vars(args)
+    for flag, mode in (("worlds", "ablate"), ("bench_tokens", "bench")):
+        if hasattr(args, flag) and not getattr(args, mode):
+            raise ValueError(f"--{flag.replace('_', '-')} is for --{mode} only: leave it out")
+    for name in ("eval_samples", "worlds", "bench_tokens"):
+        setattr(args, name, values[name])
     if args.bench_tokens < 1:
         raise ValueError(f"--bench-tokens {args.bench_tokens}: must be at least 1")
     if args.eval_samples < 100:
@@ -1041,10 +1052,11 @@ def ablate(args, settings, model_settings, world_settings, device, progress):
     (out / "ablation.md").write_text("\n".join(lines := tables(figures, T)) + "\n")
     print("\n".join(lines))
     draw_ablation(out, figures, T)
-    blocks = torch.load(samples, "cpu", weights_only=True)
-    codebook = blocks.pop("codebook")
-    blocks = sorted(blocks.items(), key=lambda block: block[0] == "real digits")
-    toy.draw_samples(out / "samples.png", [blocks[:2], blocks[2:]], codebook)
+    if samples.exists():
+        blocks = torch.load(samples, "cpu", weights_only=True)
+        codebook = blocks.pop("codebook")
+        blocks = sorted(blocks.items(), key=lambda block: block[0] == "real digits")
+        toy.draw_samples(out / "samples.png", [blocks[:2], blocks[2:]], codebook)
     print(f"tables and pictures are in {out}/")
 
 
@@ -1125,8 +1137,8 @@ def draw_ablation(out, figures, T):
     def point(row):
         return [statistics.fmean(x[name] for x in row.values()) for name in ("diversity", "held_out")]
 
-    lines = [(f"tau_s by hand, T = {steps}", *zip(*sorted(map(point, swept(figures, steps)))), toy.GREY, True)
-             for steps in dict.fromkeys((T, 32))]
+    lines = [(f"tau_s by hand, T = {steps}", *zip(*sorted(map(point, swept(figures, steps)))), toy.GREY,
+              len(swept(figures, steps)) > 1) for steps in dict.fromkeys((T, 32))]
     for arm, colour in (("joint, no KL", toy.RED), ("joint", toy.BLUE)):
         course = np.mean([x["course"] for x in figures[arm, T].values()], 0)
         lines.append((f"{arm}: training, exploring", *course.T.tolist(), colour, True))

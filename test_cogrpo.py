@@ -303,6 +303,14 @@ def test_phis_gradient_is_the_policy_gradient_and_stays_its_own(likelihood):
     assert torch.allclose(both_theta, theta, rtol=1e-9, atol=1e-12)
 
 
+def test_frozen_parameters_stay_frozen():
+    """A frozen text encoder, or all but LoRA's matrices: what had no gradient before has none in `train`."""
+    model = a_model()
+    model.token.requires_grad_(False)
+    trained = train(model, lambda x, c: (x == 0).double().mean(1), conds(3), Settings(iters=2, steps=2, groups=3))[0]
+    assert torch.equal(trained.token.weight, model.token.weight) and not torch.equal(trained.position, model.position)
+
+
 def test_alternate_takes_turns():
     """The paper's: even iterations theta, odd ones phi."""
     moved, last = [], None
@@ -990,7 +998,8 @@ def test_interrupting_leaves_the_last_checkpoint(tmp_path, capsys, monkeypatch):
     (["--load=none.pt"], "--load none.pt: no such"), (["--load=file", "--lr=1"], "--lr"), (["--dim=30"], "--heads"),
     (["--frobnicate"], "--frobnicate"), (["--seed=-1"], "--seed -1"),
     (["--load=file", "--quick"], "--quick"), (["--eval-samples=3"], "--eval-samples 3"),
-    (["--ablate", "--update=model"], "--update")]
+    (["--ablate", "--update=model"], "--update"), (["--ablate", "--iters=3"], "--iters 3"),
+    (["--worlds=2"], "--worlds"), (["--ablate", "--bench"], "--bench"), (["--rl-seed=99999999999"], "--rl-seed 9")]
     + ([] if torch.cuda.is_available() else [(["--device=cuda"], "--device cuda")]))
 def test_bad_input_ends_in_one_line_and_status_2(flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
