@@ -371,17 +371,20 @@ def test_micro_batches_give_the_same_gradient(micro_batch):
 
 
 def test_a_group_needs_one_pass_for_its_first_canvas():
-    """It starts alike: the same log-probs and the same gradient from a twelfth of the rows."""
-    cond, s, results = conds(4).repeat_interleave(12), Settings(steps=3, grad_norm=1e9), []
-    for share in (1, 12):
+    """It starts alike: the same log-probs and gradient from a twelfth of the rows, also where micro-batches cut through
+    groups."""
+    cond, results = conds(4).repeat_interleave(12), []
+    for share, micro_batch in ((1, 0), (12, 0), (12, 8), (12, 5)):
+        s = Settings(steps=3, grad_norm=1e9, micro_batch=micro_batch)
         model, schedule = a_model(), a_schedule()
         torch.manual_seed(3)
         tokens, trajectory = rollout(model, schedule, cond, 3, share=share)
         advantage = torch.linspace(-2, 1, 48).to(model.position)
         update(model, schedule, a_model(seed=9), optimizers(model, schedule), trajectory, cond, advantage, s)
         results.append((tokens, flat(p.grad for part in (model, schedule) for p in part.parameters())))
-    assert torch.equal(results[0][0], results[1][0])
-    assert (results[0][1] - results[1][1]).norm() < 1e-9 * results[0][1].norm()
+    for tokens, gradient in results[1:]:
+        assert torch.equal(results[0][0], tokens)
+        assert (results[0][1] - gradient).norm() < 1e-9 * gradient.norm()
 
 
 def test_downsampling_keeps_the_extremes_of_every_group():
@@ -424,6 +427,7 @@ def one_of_two(rank, folder):
     start = a_model(seed=rank)  # another one in each process: the first one's counts
     model, schedule, log = train(start, lambda x, c: (x == 0).double().mean(1), conds(4), Settings(
         iters=3, groups=4, group_size=4, steps=2))
+    assert log[0]["kl_model"] < 1e-12  # and its reference is the first one's, too
     torch.save([p.cpu() for p in (*model.parameters(), *schedule.parameters())] + [log[-1]["reward"]],
                f"{folder}/trained{rank}.pt")
     torch.distributed.destroy_process_group()

@@ -484,7 +484,7 @@ def _panel(title, lines, bands=(), xlabel="", beside=False, width=420, height=26
             (px, py), wide = points[-1], draw.textlength(label, ImageFont.load_default(size=12 * big))
             px += 7 * big if px + 9 * big + wide < page.width else -7 * big - wide
             py = next(y for d in range(height * big) for y in (py - d, py + d) if not any(
-                abs(y - other) < 13 * big and px < x + w and x < px + wide for x, other, w in labels))
+                abs(y - other) < 13 * big and px < x + w + 9 and x < px + wide + 9 for x, other, w in labels))
             labels.append((px, py, wide))
             _text(draw, (px, py), label, 12 * big, colour, "lm")
         else:
