@@ -682,19 +682,15 @@ def command_line(argv, world_settings):
     for flag, mode in (("worlds", "ablate"), ("bench_tokens", "bench")):
         if hasattr(args, flag) and not getattr(args, mode):
             raise ValueError(f"--{flag.replace('_', '-')} is for --{mode} only: leave it out")
-    for name in ("eval_samples", "worlds", "bench_tokens"):
+    for name, low in (("eval_samples", 100), ("worlds", 1), ("bench_tokens", 1)):
         setattr(args, name, values[name])
-    if args.bench_tokens < 1:
-        raise ValueError(f"--bench-tokens {args.bench_tokens}: must be at least 1")
-    if args.eval_samples < 100:
-        raise ValueError(f"--eval-samples {args.eval_samples}: must be at least 100, ten of each digit")
+        if values[name] < low:
+            raise ValueError(f"--{name.replace('_', '-')} {values[name]}: must be at least {low}")
     modes = [name for name in ("load", "ablate", "bench") if getattr(args, name)]
     if len(modes) > 1:
         raise ValueError(f"--{modes[0]} and --{modes[1]} are two jobs: give one")
     if modes and "RANK" in os.environ:
         raise ValueError(f"--{modes[0]} runs in one process: start it without torchrun")
-    if args.worlds < 1:
-        raise ValueError(f"--worlds {args.worlds}: must be at least 1")
     if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + ["quick"] * args.quick):
         raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
     if args.ablate and (idle := sorted(set(given) & {"update", "likelihood", "bonus", "rl_seed"})):
@@ -805,6 +801,13 @@ def get_world(args, model_settings, world_settings, device):
     return world, model.eval(), mdm, facts
 
 
+def watched(world):
+    """An `on_iteration` that adds the held-out judge's view of the rollouts to the log; nothing trains on it."""
+    def on_iteration(row, model, schedule, tokens, cond):
+        row["held_out"] = float(world.held_out(tokens, cond).mean())
+    return on_iteration
+
+
 def evaluate(world, name, model, schedule, steps, args):
     """One row of the table: `--eval-samples` samples, the same classes and seed for every row."""
     import toy_reward
@@ -876,7 +879,7 @@ def draw_results(out, world, base, model, schedule, steps, seed, log):
 
 
 def bench_world(settings, model_settings, vocab_size, seq_len, device):
-    """What one iteration of `train` takes: a model with random weights, a reward, conditions, settings."""
+    """What `train` takes: a model with random weights, a reward, conditions, settings."""
     torch.manual_seed(0)
     m = model_settings
     model = MDM(seq_len, vocab_size, 10, m.dim, m.depth, m.heads).to(device)
@@ -994,12 +997,9 @@ def run_arm(arm, world, base, s, floor, device):
         return base, best_by_hand(base, world, s, floor, device), []
     if arm not in TRAINED:
         return base, by_hand(*BY_HAND[arm]).to(device), []
-
-    def on_iteration(row, model, schedule, tokens, cond):
-        row["held_out"] = float(world.held_out(tokens, cond).mean())
     torch.manual_seed(s.rl_seed)
     blind = Schedule(s.spread, blind=True) if "blind" in arm else None
-    return train(base, world.reward, torch.arange(toy.CLASSES, device=device), s, on_iteration, blind)
+    return train(base, world.reward, torch.arange(toy.CLASSES, device=device), s, watched(world), blind)
 
 
 def ablate(args, settings, model_settings, world_settings, device, progress):
@@ -1026,9 +1026,8 @@ def ablate(args, settings, model_settings, world_settings, device, progress):
             world, base, _, _ = get_world(args, model_settings, world_settings, device)
         for arm in missing:
             print(f"seed {args.seed}: {arm}")
-            start, s = time.perf_counter(), replace(settings, rl_seed=args.seed, **TRAINED.get(arm, {}))
-            if "twice" in arm:
-                s = replace(s, iters=2 * s.iters)
+            start, iters = time.perf_counter(), settings.iters * (2 if "twice" in arm else 1)
+            s = replace(settings, rl_seed=args.seed, iters=iters, **TRAINED.get(arm, {}))
             floor = 0.85 * float(here["hand-made"]["diversity"]) if "hand-made" in here else 0
             model, schedule, log = run_arm(arm, world, base, s, floor, device)
             seconds = round(time.perf_counter() - start)
@@ -1137,8 +1136,8 @@ def draw_ablation(out, figures, T):
     def point(row):
         return [statistics.fmean(x[name] for x in row.values()) for name in ("diversity", "held_out")]
 
-    lines = [(f"tau_s by hand, T = {steps}", *zip(*sorted(map(point, swept(figures, steps)))), toy.GREY,
-              len(swept(figures, steps)) > 1) for steps in dict.fromkeys((T, 32))]
+    sweeps = {steps: sorted(map(point, swept(figures, steps))) for steps in (T, 32)}
+    lines = [(f"tau_s by hand, T = {steps}", *zip(*sweep), toy.GREY, len(sweep) > 1) for steps, sweep in sweeps.items()]
     for arm, colour in (("joint, no KL", toy.RED), ("joint", toy.BLUE)):
         course = np.mean([x["course"] for x in figures[arm, T].values()], 0)
         lines.append((f"{arm}: training, exploring", *course.T.tolist(), colour, True))
@@ -1195,7 +1194,7 @@ def run(argv, progress):
         progress["saved"] = f"iteration {len(log)} is saved: python cogrpo.py --load {out / 'cogrpo.pt'}"
 
     def on_iteration(row, model, schedule, tokens, cond):
-        row["held_out"] = float(world.held_out(tokens, cond).mean())  # watched, never trained on
+        watched(world)(row, model, schedule, tokens, cond)
         log.append(row)
         if len(log) % 10 == 0:
             save(model, schedule)

@@ -444,15 +444,6 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, monkeypatch):
     assert first[-1] == second[-1] and all(torch.equal(p, q) for p, q in zip(first[:-1], second[:-1]))
 
 
-def test_the_schedule_is_credited_once_a_step_and_theta_once_a_token():
-    """A ratio for every token: a product over tokens would clip nearly all of a sample after one update."""
-    model, schedule, cond = a_model(), a_schedule(), conds(8)
-    _, fill = rollout(model, schedule, cond, 2)
-    _, exact = rollout(model, schedule, cond, 2, likelihood="exact")
-    assert fill[0].old_model.shape == (8, 6) and exact[0].old_model.shape == (8, 7)
-    assert fill[0].old_schedule.shape == (8,)
-
-
 # ------------------------------------------------------------------------- the gradient against enumeration ("exact")
 
 def ranked_in_every_order(model, schedule, canvas, action, t, T):
