@@ -61,19 +61,22 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 
-def setting(default, comment, low=None, choices=None):
-    return field(default=default, metadata={"help": comment, "low": low, "choices": choices})
+def setting(default, comment, low=None, high=None, choices=None):
+    return field(default=default, metadata={"help": comment, "low": low, "high": high, "choices": choices})
 
 
 def check_settings(settings):
     """ValueError, naming the flag, where a field of a settings dataclass is outside its limits."""
     for f in fields(settings):
-        value, low, choices = getattr(settings, f.name), f.metadata.get("low"), f.metadata.get("choices")
-        flag = "--" + f.name.replace("_", "-")
+        value, low, high, choices = getattr(settings, f.name), *map(f.metadata.get, ("low", "high", "choices"))
         if choices and value not in choices:
-            raise ValueError(f"{flag} {value}: must be one of {', '.join(choices)}")
-        if low is not None and not low <= value < math.inf:  # NaN fails too
-            raise ValueError(f"{flag} {value}: must be a number of at least {low}")
+            raise ValueError(f"{flag(f.name)} {value}: must be one of {', '.join(choices)}")
+        if None not in (low, value) and not (low <= value < math.inf and value <= (high or value)):  # NaN fails too
+            raise ValueError(f"{flag(f.name)} {value}: must be at least {low}" + (f", at most {high}" if high else ""))
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 @dataclass
@@ -90,20 +93,19 @@ class Settings:
     epochs: int = setting(1, "updates on each rollout", low=1)
     lr: float = setting(1e-3, "peak learning rate of the model (theta), falling to 0", low=0)
     schedule_lr: float = setting(5e-3, "peak learning rate of the schedule (phi), falling to 0", low=0)
+    warmup: int = setting(1, "iterations in which the learning rates rise to their peaks", low=1)
     clip: float = setting(0.2, "PPO: no credit for moving a ratio out of [1 - clip, 1 + clip]", low=0)
     kl_model: float = setting(0.4, "weight of KL(model || pretrained), on the conditional logits", low=0)
     kl_schedule: float = setting(0.1, "weight of KL(schedule || hand-made)", low=0)
     bonus: float = setting(0.0, "weight of an advantage for differing from one's group (ours)", low=0)
     grad_norm: float = setting(1.0, "each factor's gradient is clipped to this norm", low=0)
-    keep: float = setting(0.5, "learn from this share of a group: its lowest and highest advantages", low=1e-6)
+    keep: float = setting(0.5, "learn from this share of a group: its lowest and highest advantages",
+                          low=1e-6, high=1)
     micro_batch: int = setting(0, "samples in memory at a time; the gradient is the same (0: the whole rollout)", low=0)
     spread: float = setting(0.3, "standard deviation of the schedule's exploration", low=1e-6)
-    rl_seed: int = setting(None, "seed of Co-GRPO alone (default: --seed)")
+    rl_seed: int = setting(None, "seed of Co-GRPO alone (default: --seed)", low=0, high=2 ** 32 - 1)
 
-    def __post_init__(self):
-        check_settings(self)
-        if self.keep > 1:
-            raise ValueError(f"--keep {self.keep}: a share, so at most 1")
+    __post_init__ = check_settings
 
 
 # --------------------------------------------------------------------------- the masked diffusion model, pretrained
@@ -207,17 +209,16 @@ def constrain(action):
     return torch.cat([action[..., :1].sigmoid(), F.softplus(action[..., 1:])], -1)
 
 
-def canvas_statistics(l_c, masked):
+def canvas_statistics(log_p, masked):
     """What the schedule sees of a canvas and its condition: float [B, 5], each of order one. (ours)
 
     The masked share, then mean and spread over the masked positions of the confidence (largest probability) and of
-    the entropy / log V of l_c [B, L, V]. Any MDM of any length and vocabulary has these.
+    the entropy / log V of softmax(l_c), log_p [B, L, V]. Any MDM of any length and vocabulary has these.
     """
-    log_p = l_c.log_softmax(2)
     confidence = log_p.amax(2).exp()
-    entropy = -(log_p.exp() * log_p).sum(2) / math.log(l_c.shape[2])
+    entropy = -(log_p.exp() * log_p).sum(2) / math.log(log_p.shape[2])
     count = masked.sum(1).clamp(min=1)
-    columns = [masked.to(l_c.dtype).mean(1)]
+    columns = [masked.to(log_p.dtype).mean(1)]
     for x in (confidence, entropy):
         mean = (x * masked).sum(1) / count
         variance = ((x - mean[:, None]).square() * masked).sum(1) / count
@@ -338,7 +339,7 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         count = masked.sum(1)
         l_c, l_u = branches(model, canvas, cond, share)
 
-        mean = schedule(canvas_statistics(l_c, masked), u)
+        mean = schedule(canvas_statistics(l_c.log_softmax(2), masked), u)
         action = mean + schedule.spread * torch.randn_like(mean) if explore else mean
         r, tau_s, tau_r, w = constrain(action)[:, :, None, None].unbind(1)
 
@@ -474,7 +475,7 @@ def update(model, schedule, reference, optimizers, trajectory, cond, advantage, 
             log_p = l_c.log_softmax(2)
             kl_model = ((log_p.exp() * (log_p - log_q)).sum(2) * step.masked).sum() / (B * L)
 
-            mean = schedule(canvas_statistics(l_c, step.masked), step.u)
+            mean = schedule(canvas_statistics(log_p, step.masked), step.u)
             logits = guided_logits(l_c, l_u, constrain(step.action)[:, 3, None, None])
             log_theta, exists, log_phi = log_prob(schedule, mean, logits, step, s.likelihood)
             gain = surrogate(log_theta, step.old_model, A[:, None], s.clip)
@@ -558,8 +559,9 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     share = math.gcd(s.group_size, micro_batch)  # of a group's samples that start together, in one row
     bar = tqdm(range(s.iters), "Co-GRPO", unit="iter", disable=rank > 0)
     for i in bar:
+        rate = min(1, (i + 1) / s.warmup) * (1 - i / s.iters)  # down to zero: the result keeps no step's noise
         for optimizer, lr in zip(optimizers, (s.lr, s.schedule_lr)):
-            optimizer.param_groups[0]["lr"] = lr * (1 - i / s.iters)  # to zero: the result keeps no step's noise
+            optimizer.param_groups[0]["lr"] = lr * rate
         first = i // len(turns) * s.groups  # theta and phi take their turns on the same conditions
         of_groups = conds[torch.arange(first, first + s.groups, device=conds.device) % len(conds)]
         cond = of_groups.chunk(ranks)[rank].repeat_interleave(s.group_size)
@@ -636,74 +638,69 @@ class ModelSettings:
             raise ValueError(f"--dim {self.dim}: must be a multiple of --heads {self.heads}")
 
 
+@dataclass
+class JobSettings:
+    """What to do, and where."""
+    data: str = setting(None, "folder with MNIST (torchvision's layout), or `drawn`: digits that Pillow draws; default: "
+                              "./data, else download, else drawn")
+    out: str = setting(None, "where results go (out; with --ablate: ablation; with --load: a folder T<steps> beside it)")
+    cache: str = setting("cache", "where worlds are kept for next time")
+    device: str = setting("auto", "auto: cuda, else mps, else cpu", choices=("auto", "cpu", "cuda", "mps"))
+    seed: int = setting(0, "of data split, judges, pretraining, everything", low=0, high=2 ** 32 - 1)
+    quick: bool = setting(False, "every stage and file, but small: a smoke test")
+    load: str = setting(None, "a cogrpo.pt: measure and draw it, no training")
+    bench: bool = setting(False, "time Co-GRPO against the model passes it needs; no data")
+    bench_tokens: int = setting(49, "length of --bench's sequences", low=1)
+    ablate: bool = setting(False, "every arm on several worlds, with intervals; goes on where it was stopped")
+    worlds: int = setting(5, "worlds of --ablate: seeds --seed, --seed + 1, ...", low=1)
+    eval_samples: int = setting(1000, "samples that each row is measured on", low=100)
+
+    __post_init__ = check_settings
+
+
 QUICK = dict(iters=6, group_size=8, dim=64, depth=2, pretrain_steps=250, pretrain_batch=64, codebook_size=64,
              train_images=6000, test_images=2000, judge_epochs=3, eval_samples=200, worlds=1)
 
 
 def command_line(argv, world_settings):
-    """Parse flags into (arguments, Settings, ModelSettings, world settings); bad ones end the program with status 2."""
+    """Parse flags into (JobSettings, Settings, ModelSettings, world settings, the flags given as a dict)."""
     parser = argparse.ArgumentParser(
-        usage="python cogrpo.py [--flag=value ...]", allow_abbrev=False, formatter_class=lambda prog:
-        argparse.HelpFormatter(prog, max_help_position=26, width=118),
+        usage="python cogrpo.py [--flag=value ...]", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=118),
         description="Co-GRPO on toy digits: train a masked diffusion model, optimise it together with its schedule.")
     parser.error = lambda message: stop(f"{message} (--help lists the flags)")
-    run = parser.add_argument_group("run")
-    run.add_argument("--data", metavar="DIR|drawn", help="folder with MNIST (torchvision's layout), or digits that "
-                     "Pillow draws; default: ./data, else download, else drawn")
-    run.add_argument("--out", metavar="DIR", help="where results go (out; with --ablate: ablation; "
-                     "with --load: a folder T<steps> beside FILE)")
-    run.add_argument("--cache", default="cache", metavar="DIR", help="where worlds are kept for next time (cache)")
-    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                     help="where to compute (auto: cuda, else mps, else cpu)")
-    run.add_argument("--seed", type=int, default=0, help="of data split, judges, pretraining, everything (0)")
-    run.add_argument("--quick", action="store_true", help="every stage and file, but small: a smoke test")
-    run.add_argument("--load", metavar="FILE", help="a cogrpo.pt: measure (on --eval-samples) and draw it, no training")
-    run.add_argument("--bench", action="store_true", help="time Co-GRPO against the model passes it needs; no data")
-    run.add_argument("--bench-tokens", type=int, default=argparse.SUPPRESS, metavar="L",
-                     help="length of --bench's sequences (49)")
-    run.add_argument("--ablate", action="store_true", help="every arm on several worlds, with intervals; goes on where "
-                     "it was stopped")
-    run.add_argument("--worlds", type=int, metavar="N", default=argparse.SUPPRESS,
-                     help="worlds of --ablate: seeds --seed, --seed + 1, ... (5)")
-    run.add_argument("--eval-samples", type=int, default=argparse.SUPPRESS, metavar="N",
-                     help="samples that each row is measured on (1000)")
-    owners = {"Co-GRPO": Settings, "model and pretraining": ModelSettings, "toy world": world_settings}
+    owners = {"job": JobSettings, "Co-GRPO": Settings, "model and pretraining": ModelSettings,
+              "toy world": world_settings}
     for title, owner in owners.items():
         group = parser.add_argument_group(title)
         for f in fields(owner):
-            default = "" if f.default is None else f" ({f.default:g})" if f.type is float else f" ({f.default})"
-            group.add_argument("--" + f.name.replace("_", "-"), type=f.type, choices=f.metadata.get("choices"),
-                               default=argparse.SUPPRESS, help=f.metadata["help"] + default,
-                               metavar=None if f.metadata.get("choices") else f.type.__name__.upper())
-    args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for o in owners.values() for f in fields(o) if hasattr(args, f.name)}
-    values = {"eval_samples": 1000, "worlds": 5, "bench_tokens": 49, "rl_seed": args.seed}
-    values |= (QUICK if args.quick else {}) | vars(args)
-    for flag, mode in (("worlds", "ablate"), ("bench_tokens", "bench")):
-        if hasattr(args, flag) and not getattr(args, mode):
-            raise ValueError(f"--{flag.replace('_', '-')} is for --{mode} only: leave it out")
-    for name, low in (("eval_samples", 100), ("worlds", 1), ("bench_tokens", 1)):
-        setattr(args, name, values[name])
-        if values[name] < low:
-            raise ValueError(f"--{name.replace('_', '-')} {values[name]}: must be at least {low}")
-    modes = [name for name in ("load", "ablate", "bench") if getattr(args, name)]
+            default = "" if f.default in (None, False) and f.type is not float else f" ({f.default})"
+            kind = dict(action="store_true") if f.type is bool else dict(
+                type=f.type, metavar="|".join(f.metadata.get("choices") or [f.type.__name__.upper()]))
+            group.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
+    given = vars(parser.parse_args(argv))
+    values = (QUICK if "quick" in given else {}) | given
+    values.setdefault("rl_seed", values.get("seed", 0))
+    job, s, m, w = (owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})
+                    for owner in owners.values())
+    check_settings(w)
+
+    # Who gives a flag that has no effect expects something that will not happen.
+    for name, mode in (("worlds", "ablate"), ("bench_tokens", "bench")):
+        if name in given and mode not in given:
+            raise ValueError(f"{flag(name)} is for --{mode} only: leave it out")
+    modes = [name for name in ("load", "ablate", "bench") if name in given]
     if len(modes) > 1:
         raise ValueError(f"--{modes[0]} and --{modes[1]} are two jobs: give one")
     if modes and "RANK" in os.environ:
         raise ValueError(f"--{modes[0]} runs in one process: start it without torchrun")
-    if args.load and (idle := sorted(set(given) - {"steps"}) + ["data"] * bool(args.data) + ["quick"] * args.quick):
-        raise ValueError(f"--load trains nothing, so --{idle[0].replace('_', '-')} has no effect: leave it out")
-    if args.ablate and (idle := sorted(set(given) & {"update", "likelihood", "bonus", "rl_seed"})):
-        raise ValueError(f"--ablate sets --{idle[0].replace('_', '-')} for each arm itself: leave it out")
-    for name in ("seed", "rl_seed"):
-        if not 0 <= values[name] < 2 ** 32:
-            raise ValueError(f"--{name.replace('_', '-')} {values[name]}: must be in 0..2^32 - 1")
-    settings = [owner(**{f.name: values[f.name] for f in fields(owner) if f.name in values})
-                for owner in owners.values()]
-    s, least = settings[0], 1 if args.quick else 3200  # `best_by_hand`: 5 rounds, 32 contenders, two of each digit
-    if args.ablate and s.iters * s.groups * s.group_size < least:
-        raise ValueError(f"--iters {s.iters}: --ablate needs iters * groups * group_size of at least {least}")
-    return args, *settings, given
+    idle = {"load": set(given) - {"load", "steps", "out", "device", "seed", "eval_samples"},
+            "ablate": {"update", "likelihood", "bonus", "rl_seed"} & set(given)}
+    for name in sorted(idle.get(modes[0], ())) if modes else ():
+        raise ValueError(f"{flag(name)} has no effect on --{modes[0]}: leave it out")
+    if job.ablate and not job.quick and s.iters * s.groups * s.group_size < 3200:  # two of each digit a contender
+        raise ValueError(f"--iters {s.iters}: --ablate needs iters * groups * group_size of at least 3200")
+    return job, s, m, w, given
 
 
 def stop(message):
@@ -742,8 +739,8 @@ def writable_folder(flag, path):
 
 def save_checkpoint(path, **content):
     """Tensors, dicts and numbers only, so that weights_only=True loads it; written whole or not at all."""
-    from toy_reward import save_whole
-    save_whole(path, lambda part: torch.save(content | {"format": "cogrpo-1"}, part))
+    import toy_reward as toy  # here and below, for as a library this file needs neither torchvision nor Pillow
+    toy.save_whole(path, lambda part: torch.save(content, part))
 
 
 def load_checkpoint(path, device="cpu"):
@@ -751,39 +748,32 @@ def load_checkpoint(path, device="cpu"):
     and more. ValueError where the file is something else."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        if content["format"] != "cogrpo-1":
-            raise KeyError("format")
         settings = Settings(**content["settings"])
-        schedule = Schedule(settings.spread).to(device)
-        schedule.load_state_dict(content["schedule"])
-        models = {}
-        for name in ("model", "base"):
-            models[name] = MDM(**content["mdm"]).to(device).eval()
-            models[name].load_state_dict(content[name])
+        parts = {"model": MDM(**content["mdm"]), "base": MDM(**content["mdm"]), "schedule": Schedule(settings.spread)}
+        for name, part in parts.items():
+            part.to(device).eval().load_state_dict(content[name])
     except FileNotFoundError:
         raise ValueError(f"--load {path}: no such file; a run writes cogrpo.pt into its --out folder") from None
     except Exception as error:  # torch.load's errors are of many kinds and have one cure
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
         raise ValueError(f"--load {path}: not a cogrpo.pt of this program ({reason}); "
                          "give the file that a run wrote into its --out folder") from None
-    return content | models | {"schedule": schedule, "settings": settings}
+    return content | parts | {"settings": settings}
 
 
-def get_world(args, model_settings, world_settings, device):
+def get_world(job, model_settings, world_settings, device):
     """The toy world and its pretrained MDM, from the cache or made anew: (World, MDM, its arguments, facts)."""
-    import toy_reward as toy  # here and below, for as a library this file needs neither torchvision nor Pillow
-    train_set, test_set, source, data_key = toy.load_digits(args.data, world_settings, args.seed)
+    import toy_reward as toy
+    train_set, test_set, source, data_key = toy.load_digits(job.data, world_settings, job.seed)
     print(source)
     # The code that makes a world counts as a setting: who edits it gets a new one.
-    code = "".join(inspect.getsource(x) for x in (Block, MDM, pretrain, toy.drawn_digits, toy.patches, toy.fit_codebook,
-                                                  toy.encode, toy.decode, toy.splice, toy.Judge, toy.train_judge,
-                                                  toy.World.build))
-    wanted = {"data": data_key, "seed": args.seed} | asdict(model_settings) | asdict(world_settings)
+    code = "".join(map(inspect.getsource, (Block, MDM, pretrain, toy)))
+    wanted = {"data": data_key, "seed": job.seed} | asdict(model_settings) | asdict(world_settings)
     key = hashlib.sha256(f"{sorted(wanted.items())}{code}".encode()).hexdigest()[:12]
-    path = Path(args.cache) / f"world-{key}.pt"
+    path = Path(job.cache) / f"world-{key}.pt"
     mdm = dict(seq_len=toy.SEQ_LEN, vocab_size=world_settings.codebook_size, num_conds=toy.CLASSES,
                dim=model_settings.dim, depth=model_settings.depth, heads=model_settings.heads)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(job.seed)
     model = MDM(**mdm).to(device)
     if path.exists():
         try:
@@ -808,12 +798,12 @@ def watched(world):
     return on_iteration
 
 
-def evaluate(world, name, model, schedule, steps, args):
+def evaluate(world, name, model, schedule, steps, job):
     """One row of the table: `--eval-samples` samples, the same classes and seed for every row."""
     import toy_reward
     device = next(model.parameters()).device
-    torch.manual_seed(args.seed)
-    cond = torch.arange(args.eval_samples, device=device) % toy_reward.CLASSES
+    torch.manual_seed(job.seed)
+    cond = torch.arange(job.eval_samples, device=device) % toy_reward.CLASSES
     tokens = torch.cat([sample(model, schedule, c, steps)
                         for c in tqdm(cond.split(250), f"measuring {name}", unit="batch")])
     return {"name": name} | world.measure(tokens, cond) | {"passes": 2 * steps}  # l_c and l_u
@@ -1002,45 +992,42 @@ def run_arm(arm, world, base, s, floor, device):
     return train(base, world.reward, torch.arange(toy.CLASSES, device=device), s, watched(world), blind)
 
 
-def ablate(args, settings, model_settings, world_settings, device, progress):
+def ablate(job, settings, model_settings, world_settings, device, progress):
     """Run the arms that ablation.csv does not have yet, a row for each arm and T; then tables and pictures, from
     that file."""
     import toy_reward as toy
-    out, T = writable_folder("--out", args.out or "ablation"), settings.steps
-    writable_folder("--cache", args.cache)
-    seeds = range(args.seed, args.seed + args.worlds)
+    out, T = writable_folder("--out", job.out or "ablation"), settings.steps
+    writable_folder("--cache", job.cache)
     path, samples = out / "ablation.csv", out / "samples.pt"
     progress["saved"] = f"what has ended is in {path}: the same command goes on"
-    alike = vars(args) | asdict(settings) | asdict(model_settings) | asdict(world_settings)
-    for name in ("seed", "rl_seed", "worlds", "out", "cache", "device"):
-        del alike[name]
-    key = hashlib.sha256(f"{sorted(alike.items())}".encode()).hexdigest()[:12]
-    for args.seed in seeds:  # `get_world` and `evaluate` read it there
+    alike = [replace(settings, rl_seed=0), model_settings, world_settings, job.data, job.quick, job.eval_samples]
+    key, first = hashlib.sha256(str(alike).encode()).hexdigest()[:12], job.seed
+    for job in (replace(job, seed=seed) for seed in range(first, first + job.worlds)):
         done = read_csv(path)
         if any(row.get("settings") != key for row in done):
             raise ValueError(f"--out {out}: its ablation.csv is of other settings; name another folder")
-        here = {row["arm"]: row for row in done if (row["seed"], row["T"]) == (str(args.seed), str(T))}
-        arms = QUICK_ARMS if args.quick else (*BY_HAND, "best by hand", *TRAINED)
+        here = {row["arm"]: row for row in done if (row["seed"], row["T"]) == (str(job.seed), str(T))}
+        arms = QUICK_ARMS if job.quick else (*BY_HAND, "best by hand", *TRAINED)
         missing = [arm for arm in arms if arm not in here]
         if missing:
-            world, base, _, _ = get_world(args, model_settings, world_settings, device)
+            world, base, _, _ = get_world(job, model_settings, world_settings, device)
         for arm in missing:
-            print(f"seed {args.seed}: {arm}")
+            print(f"seed {job.seed}: {arm}")
             start, iters = time.perf_counter(), settings.iters * (2 if "twice" in arm else 1)
-            s = replace(settings, rl_seed=args.seed, iters=iters, **TRAINED.get(arm, {}))
+            s = replace(settings, rl_seed=job.seed, iters=iters, **TRAINED.get(arm, {}))
             floor = 0.85 * float(here["hand-made"]["diversity"]) if "hand-made" in here else 0
             model, schedule, log = run_arm(arm, world, base, s, floor, device)
             seconds = round(time.perf_counter() - start)
             at = {"hand-made": (T, 8, 16, 32), "joint": (T, 2, 8, 16)}.get(arm, (T, 32) if arm in BY_HAND else (T,))
-            rows = [evaluate(world, arm, model, schedule, steps, args) for steps in dict.fromkeys(at)]
+            rows = [evaluate(world, arm, model, schedule, steps, job) for steps in dict.fromkeys(at)]
             here[arm], tenth = rows[0], max(1, len(log) // 10)
             course = [[statistics.fmean(row[name] for row in log[i:i + tenth]) for name in ("diversity", "held_out")]
                       for i in range(0, len(log), tenth)]
             calls = 0 if arm in BY_HAND else s.iters * s.groups * s.group_size
-            rows = [{"settings": key, "seed": args.seed, "arm": arm, "T": row["passes"] // 2} | row | {
+            rows = [{"settings": key, "seed": job.seed, "arm": arm, "T": row["passes"] // 2} | row | {
                 "reward_calls": calls, "seconds": seconds, "course": json.dumps(course)} for row in rows]
-            if args.seed == seeds[0] and arm in QUICK_ARMS:  # four of each class, for the picture
-                torch.manual_seed(args.seed)
+            if job.seed == first and arm in QUICK_ARMS:  # four of each class, for the picture
+                torch.manual_seed(job.seed)
                 cond = torch.arange(40, device=device) % toy.CLASSES
                 blocks = torch.load(samples, "cpu", weights_only=True) if samples.exists() else {}
                 blocks |= {arm: sample(model, schedule, cond, T), "real digits": world.examples(4),
@@ -1151,31 +1138,30 @@ def draw_ablation(out, figures, T):
 def run(argv, progress):
     """The main job. `progress["saved"]` says which checkpoint a Ctrl-C leaves."""
     import toy_reward as toy
-    args, settings, model_settings, world_settings, given = command_line(argv, toy.WorldSettings)
-    check_settings(world_settings)
-    seq_len = args.bench_tokens if args.bench else toy.SEQ_LEN
+    job, settings, model_settings, world_settings, given = command_line(argv, toy.WorldSettings)
+    seq_len = job.bench_tokens if job.bench else toy.SEQ_LEN
     if settings.steps > seq_len:
         raise ValueError(f"--steps {settings.steps}: T must be in 1..{seq_len}, the number of tokens")
-    device, log = pick_device(args.device), []
+    device, log = pick_device(job.device), []
     torch.set_float32_matmul_precision("high")  # TF32 where the card has it
-    if args.bench:
-        return bench(settings, model_settings, world_settings.codebook_size, args.bench_tokens, device)
-    if args.ablate:
-        return ablate(args, settings, model_settings, world_settings, device, progress)
+    if job.bench:
+        return bench(settings, model_settings, world_settings.codebook_size, job.bench_tokens, device)
+    if job.ablate:
+        return ablate(job, settings, model_settings, world_settings, device, progress)
     join_processes(device)
     rank, ranks = processes(settings.groups)
-    if args.load:
-        saved = load_checkpoint(args.load, device)
-        print(f"{args.load}: {saved['iterations']} iterations at T = {saved['settings'].steps}")
-        settings = replace(saved["settings"], **given)
-        out = writable_folder("--out", args.out or Path(args.load).parent / f"T{settings.steps}")
+    if job.load:
+        saved = load_checkpoint(job.load, device)
+        print(f"{job.load}: {saved['iterations']} iterations at T = {saved['settings'].steps}")
+        settings = replace(saved["settings"], **{name: given[name] for name in ("steps",) if name in given})
+        out = writable_folder("--out", job.out or Path(job.load).parent / f"T{settings.steps}")
         world, base = toy.World.from_state(saved["world"], device), saved["base"]
     else:
-        out = writable_folder("--out", args.out or "out")
-        writable_folder("--cache", args.cache)
+        out = writable_folder("--out", job.out or "out")
+        writable_folder("--cache", job.cache)
         if rank > 0:
             dist.barrier()  # rank 0 makes the world, the others find it in the cache
-        world, base, mdm, facts = get_world(args, model_settings, world_settings, device)
+        world, base, mdm, facts = get_world(job, model_settings, world_settings, device)
         if rank > 0:
             return train(base, world.reward, torch.arange(toy.CLASSES, device=device), settings)
         if ranks > 1:
@@ -1183,7 +1169,7 @@ def run(argv, progress):
         print(", ".join(f"{name} {value:.3f}" for name, value in facts.items()))
 
     T = settings.steps
-    rows = [evaluate(world, f"base T={steps}", base, Schedule().to(device), steps, args)
+    rows = [evaluate(world, f"base T={steps}", base, Schedule().to(device), steps, job)
             for steps in dict.fromkeys((T, 32))]
 
     def save(model, schedule):
@@ -1199,16 +1185,16 @@ def run(argv, progress):
         if len(log) % 10 == 0:
             save(model, schedule)
 
-    if args.load:
+    if job.load:
         model, schedule = saved["model"], saved["schedule"]
     else:
         model, schedule, _ = train(base, world.reward, torch.arange(toy.CLASSES, device=device), settings, on_iteration)
         save(model, schedule)
 
-    rows.append(evaluate(world, f"Co-GRPO T={T}", model, schedule, T, args))
+    rows.append(evaluate(world, f"Co-GRPO T={T}", model, schedule, T, job))
     rows.append({"name": "real digits"} | world.measure_real() | {"passes": ""})
     write_csv(out / "results.csv", rows)
-    draw_results(out, world, base, model, schedule, T, args.seed, log)
+    draw_results(out, world, base, model, schedule, T, job.seed, log)
     print(f"\n{markdown(rows)}\n\nresults and pictures are in {out}/")
 
 

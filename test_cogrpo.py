@@ -52,7 +52,7 @@ def conds(n, classes=3):
 def rescored(model, schedule, step, cond, likelihood):
     """What `log_prob` says of a step under the weights as they are now."""
     l_c, l_u = cogrpo.branches(model, step.canvas, cond)
-    mean = schedule(cogrpo.canvas_statistics(l_c, step.masked), step.u)
+    mean = schedule(cogrpo.canvas_statistics(l_c.log_softmax(2), step.masked), step.u)
     logits = cogrpo.guided_logits(l_c, l_u, cogrpo.constrain(step.action)[:, 3, None, None])
     return log_prob(schedule, mean, logits, step, likelihood)
 
@@ -122,8 +122,8 @@ def test_statistics_look_at_masked_positions_only():
     masked = torch.tensor([True, True, True, False, False, False]).expand(4, 6)
     changed = logits.clone()
     changed[:, 3:] += torch.randn(4, 3, 5, dtype=torch.float64)
-    assert torch.equal(cogrpo.canvas_statistics(logits, masked), cogrpo.canvas_statistics(changed, masked))
-    uniform = cogrpo.canvas_statistics(torch.zeros(1, 6, 5).double(), masked[:1])[0]
+    assert torch.equal(*(cogrpo.canvas_statistics(x.log_softmax(2), masked) for x in (logits, changed)))
+    uniform = cogrpo.canvas_statistics(torch.full((1, 6, 5), 0.2).double().log(), masked[:1])[0]
     assert torch.allclose(uniform, torch.tensor([0.5, 0.2, 1e-3, 1.0, 1e-3]).double(), atol=1e-9)
 
 
@@ -246,7 +246,7 @@ def test_kls_against_torch_distributions():
         p, q = (torch.distributions.Categorical(logits=logits) for logits in (l_c, reference(step.canvas, conds(48))))
         kl_model += (torch.distributions.kl_divergence(p, q) * step.masked).sum() / (48 * 6)
         prior = torch.tensor(cogrpo.unconstrain(*cogrpo.hand_made(step.u)), dtype=torch.float64, device=DEVICE)
-        mean = schedule(cogrpo.canvas_statistics(l_c.detach(), step.masked), step.u)
+        mean = schedule(cogrpo.canvas_statistics(l_c.detach().log_softmax(2), step.masked), step.u)
         p, q = torch.distributions.Normal(mean, 0.3), torch.distributions.Normal(prior, 0.3)
         kl_schedule += (torch.distributions.kl_divergence(p, q) * step.acts).sum() / (48 * 3)
     assert row["kl_model"] == pytest.approx(kl_model.item(), 1e-9)
@@ -292,7 +292,8 @@ def test_phis_gradient_is_the_policy_gradient_and_stays_its_own(likelihood):
     _, trajectory = rollout(model, schedule, conds(48), 3, likelihood=likelihood)
     gain = 0
     for step in trajectory:
-        statistics = cogrpo.canvas_statistics(model(step.canvas, conds(48)).detach(), step.masked)
+        l_c = model(step.canvas, conds(48)).detach()
+        statistics = cogrpo.canvas_statistics(l_c.log_softmax(2), step.masked)
         log_p = torch.distributions.Normal(schedule(statistics, step.u), 0.3).log_prob(step.action)
         gain += (advantage[:, None] * log_p * step.acts).sum() / (48 * 3)
     wanted = torch.cat([g.flatten() for g in torch.autograd.grad(-gain, list(schedule.parameters()))])
@@ -323,6 +324,19 @@ def test_alternate_takes_turns():
     train(a_model(), lambda x, c: (x == 0).double().mean(1), conds(3), Settings(update="alternate", iters=4, steps=2,
           groups=3, rl_seed=0), watch)
     assert moved[1:] == [[False, True], [True, False], [False, True]]
+
+
+def test_the_learning_rate_rises_and_falls_to_zero():
+    """Adam moves a weight by its learning rate at first, whatever the gradient: there a warm-up must have begun."""
+    phi, moves = [], []
+
+    def watch(row, model, schedule, tokens, cond):
+        phi.append(torch.cat([p.detach().flatten() for p in schedule.parameters()]))
+        moves.append(float((phi[-1] - phi[-2]).abs().max()) if len(phi) > 1 else 0)
+    train(a_model(), lambda x, c: (x == 0).double().mean(1), conds(3), Settings(
+        iters=20, steps=2, groups=3, schedule_lr=0.01, warmup=4, rl_seed=0), watch, start := a_schedule())
+    first = phi[0] - torch.cat([p.detach().flatten() for p in start.parameters()])
+    assert first.abs().max() == pytest.approx(0.01 / 4, rel=1e-3) and moves[-1] < 0.01 / 10 < 0.005 < max(moves)
 
 
 def test_epochs_reuse_a_rollout_against_the_stored_log_probs():
@@ -459,7 +473,7 @@ def ranked_in_every_order(model, schedule, canvas, action, t, T):
     logits = (1 + w) * l_c - w * l_u
     p, score = torch.softmax(logits / tau_s, 1), torch.log_softmax(logits, 1) / tau_r
     left = 0 if t == T - 1 else min(math.floor(r * L), len(masked) - 1)
-    statistics = cogrpo.canvas_statistics(l_c[None], torch.tensor([[i in masked for i in range(L)]]))
+    statistics = cogrpo.canvas_statistics(l_c[None].log_softmax(2), torch.tensor([[i in masked for i in range(L)]]))
     mean = schedule(statistics, (t + 1) / T)[0]
     density = torch.distributions.Normal(mean, schedule.spread).log_prob(action)[who_acts(masked, t, T)].sum().exp()
     for tokens in itertools.product(range(model.vocab_size), repeat=len(masked)):
@@ -647,7 +661,7 @@ def test_phis_estimator_converges_to_a_quadrature(monkeypatch):
     canvas, c = torch.full((1, 3), model.mask_id), torch.zeros(1, dtype=torch.long)
     with torch.no_grad():
         l_c, l_u = cogrpo.branches(model, canvas, c)
-    mean = schedule(cogrpo.canvas_statistics(l_c, canvas == model.mask_id), 1.0)[0]
+    mean = schedule(cogrpo.canvas_statistics(l_c.log_softmax(2), canvas == model.mask_id), 1.0)[0]
     _, _, _, w = cogrpo.constrain(mean)
     nodes, weights = (torch.tensor(x) for x in np.polynomial.hermite_e.hermegauss(40))
     tau_s = torch.nn.functional.softplus(mean[1] + schedule.spread * nodes)
