@@ -767,7 +767,9 @@ def get_world(job, model_settings, world_settings, device):
     train_set, test_set, source, data_key = toy.load_digits(job.data, world_settings, job.seed)
     print(source)
     # The code that makes a world counts as a setting: who edits it gets a new one.
-    code = "".join(map(inspect.getsource, (Block, MDM, pretrain, toy)))
+    code = "".join(map(inspect.getsource, (
+        Block, MDM, pretrain, toy.drawn_digits, toy.patches, toy.fit_codebook, toy.encode, toy.decode, toy.splice,
+        toy.Judge, toy.train_judge, toy.World.build)))
     wanted = {"data": data_key, "seed": job.seed} | asdict(model_settings) | asdict(world_settings)
     key = hashlib.sha256(f"{sorted(wanted.items())}{code}".encode()).hexdigest()[:12]
     path = Path(job.cache) / f"world-{key}.pt"
