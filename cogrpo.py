@@ -242,7 +242,7 @@ class Schedule(nn.Module):
 
     def prior(self, u, like):
         """The hand-made pre-images at u: [4], in the dtype and on the device of `like`."""
-        return like.new_tensor(unconstrain(*self.hand_made(u)))
+        return torch.stack([like.new_full((), x) for x in unconstrain(*self.hand_made(u))])  # made there, not copied
 
     def forward(self, statistics, u):
         """statistics float [B, 5], u float -> the mean of the unconstrained action, [B, 4]."""
@@ -674,9 +674,9 @@ def command_line(argv, world_settings):
     for title, owner in owners.items():
         group = parser.add_argument_group(title)
         for f in fields(owner):
-            default = "" if f.default in (None, False) and f.type is not float else f" ({f.default})"
-            kind = dict(action="store_true") if f.type is bool else dict(
-                type=f.type, metavar="|".join(f.metadata.get("choices") or [f.type.__name__.upper()]))
+            default = "" if f.default is None or f.type is bool else f" ({f.default})"
+            metavar = "|".join(f.metadata.get("choices") or [{str: "PATH"}.get(f.type, f.type.__name__.upper())])
+            kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=metavar)
             group.add_argument(flag(f.name), help=f.metadata["help"] + default, **kind)
     given = vars(parser.parse_args(argv))
     values = (QUICK if "quick" in given else {}) | given

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogrpo
 import toy_reward as toy
@@ -373,6 +374,31 @@ def test_one_steps_graph_is_freed_before_the_next():
     model.register_forward_hook(hook)
     one_update(model, a_schedule(), a_model(), steps=6)
     assert len(alive) == 6 and max(alive) <= 1  # the loop's own names still hold the last one's output, no more
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations that make the host wait for a GPU, whatever the device is."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "lift_fresh"):
+            self.seen.append(name)  # item and bool(); sizes that depend on data; and lift_fresh: a list made a tensor
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("likelihood", ["fill", "exact"])
+def test_no_step_waits_for_the_device(likelihood):
+    """A hidden .item() or boolean index stops a GPU in every step: the diagnostics, at the end, are all it waits for."""
+    model, schedule, cond = a_model(), a_schedule(), conds(48)
+    step, advantage = optimizers(model, schedule, 0.1), torch.randn(48, device=DEVICE).to(model.position)
+    s = Settings(steps=3, likelihood=likelihood, micro_batch=16)
+    with Waits() as waits:
+        waits.seen = []
+        _, trajectory = rollout(model, schedule, cond, 3, likelihood=likelihood)
+        assert waits.seen == []
+        row = update(model, schedule, model, step, trajectory, cond, advantage, s)
+        assert waits.seen == ["_local_scalar_dense"] * len(row)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5, 16, 48])
