@@ -1155,7 +1155,7 @@ def run(argv, progress):
     if job.load:
         saved = load_checkpoint(job.load, device)
         print(f"{job.load}: {saved['iterations']} iterations at T = {saved['settings'].steps}")
-        settings = replace(saved["settings"], **{name: given[name] for name in ("steps",) if name in given})
+        settings = replace(saved["settings"], steps=given.get("steps", saved["settings"].steps))
         out = writable_folder("--out", job.out or Path(job.load).parent / f"T{settings.steps}")
         world, base = toy.World.from_state(saved["world"], device), saved["base"]
     else:
