@@ -89,7 +89,7 @@ class Settings:
             raise ValueError(f"--update {self.update}: must be joint, alternate, model or schedule")
         if self.likelihood not in ("fill", "exact"):
             raise ValueError(f"--likelihood {self.likelihood}: must be fill or exact")
-        lowest = {"steps": 1, "groups": 1, "epochs": 1, "group_size": 2, "spread": 1e-6}
+        lowest = {"steps": 1, "iters": 1, "groups": 1, "epochs": 1, "group_size": 2, "spread": 1e-6}
         for f in fields(self)[2:]:
             low, value = lowest.get(f.name, 0), getattr(self, f.name)
             if not low <= value < 2 ** 32:  # NaN fails, too
@@ -183,8 +183,9 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
         rows = torch.randint(len(tokens), (batch,), device=device)
         target, c = tokens[rows], cond[rows]  # [batch, L], [batch, ...]
         if model.null_cond is not None:
+            null = torch.zeros_like(c) + model.null_cond
             dropped = torch.rand(batch, device=device) < drop
-            c[dropped] = torch.zeros_like(c[dropped]) + model.null_cond
+            c[dropped] = null[dropped]
         ratio = torch.cos(torch.rand(batch, 1, device=device) * math.pi / 2)
         order = torch.rand(target.shape, device=device).argsort(1).argsort(1)
         masked = order < (ratio * model.seq_len).ceil()  # an exact count, at least one
@@ -576,6 +577,7 @@ def prepare(model, s, schedule=None):
     _, ranks = processes()
     if s.groups % ranks:
         raise ValueError(f"--groups {s.groups}: must be a multiple of {ranks}, the processes")
+    torch.manual_seed(s.seed)
     schedule = copy.deepcopy(schedule) if schedule else Schedule(s.spread)
     for p in list(model.parameters())[:1]:  # a model may have none
         schedule.to(p.device, torch.promote_types(p.dtype, torch.float32))

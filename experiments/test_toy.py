@@ -1,0 +1,287 @@
+"""The toy world's figures come from what their names say; the command line does what it is told."""
+import gzip
+import itertools
+import os
+import re
+import socket
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cogrpo
+import toy_reward as toy
+from cogrpo import Schedule, Settings, sample, train
+from test_cogrpo import DEVICE, SMALL, TINY, read, small, weights  # noqa: F401, small: a fixture
+
+# ------------------------------------------------------------------ the toy world
+
+@pytest.fixture(scope="module")
+def world():
+    size = toy.Size(train_images=4000, test_images=1000, codebook_size=48, judge_epochs=6)
+    train_set, test_set, _, _ = toy.load_digits("drawn", size, 0)
+    torch.manual_seed(0)
+    return toy.World.build(train_set, test_set, size, DEVICE)[0]
+
+
+def write_mnist(root, n_train=300, n_test=250):
+    """A small MNIST in its real file format: images of one grey, which says set and number."""
+    raw = Path(root) / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, n, grey in (("train", n_train, 0), ("t10k", n_test, 100)):
+        images = (np.arange(n) % 100 + grey).astype(np.uint8).repeat(784).tobytes()
+        labels = (np.arange(n) % 10).astype(np.uint8).tobytes()
+        header = struct.pack(">4i", 2051, n, 28, 28)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(header + images)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + labels)
+    return raw
+
+
+def test_mnist_is_read_from_its_files_and_split_as_they_are(tmp_path):
+    """Training digits to train on, test digits to test on, each with its own label."""
+    write_mnist(tmp_path)
+    size = toy.Size(train_images=250, test_images=220)
+    train_set, test_set, source, key = toy.load_digits(str(tmp_path), size, 0)
+    for (images, labels), n, grey in ((train_set, 250, 0), (test_set, 220, 100)):
+        assert images.dtype == torch.uint8 and images.shape == (n, 28, 28)
+        assert torch.equal(images[:, 3, 5].long(), torch.arange(n) % 100 + grey)
+        assert torch.equal(labels, torch.arange(n) % 10)
+    assert str(tmp_path) in source
+    again = toy.load_digits(str(tmp_path), toy.Size(train_images=249, test_images=220), 0)
+    assert again[3] != key  # other data, another key of the cache
+
+
+def test_drawn_digits_can_be_told_apart_and_train_and_test_differ():
+    size = toy.Size(train_images=600, test_images=300)
+    (train_x, train_y), (test_x, _), _, _ = toy.load_digits("drawn", size, 0)
+    assert train_x.shape == (600, 28, 28) and test_x.shape == (300, 28, 28)
+    assert not (train_x[:, None] == test_x[None, :50]).flatten(2).all(2).any()
+    means = torch.stack([train_x[train_y == c].float().mean(0) for c in range(10)])
+    nearest = torch.cdist(train_x.float().flatten(1), means.flatten(1)).argmin(1)
+    assert (nearest == train_y).float().mean() > 0.8
+    assert not torch.equal(toy.drawn_digits(5, 0)[0], toy.drawn_digits(5, 1)[0])
+
+
+def test_the_codebook_gives_the_nearest_patch_and_k_means_brings_it_nearer():
+    images = toy.drawn_digits(300, 0)[0].float() / 255
+    torch.manual_seed(0)
+    codebook = toy.fit_codebook(images, 16)
+    tokens = toy.encode(images[:3], codebook)
+    for n, row, column in itertools.product(range(3), range(7), range(7)):
+        patch = images[n, 4 * row:4 * row + 4, 4 * column:4 * column + 4].flatten()
+        distance = (codebook - patch).square().sum(1)
+        assert distance[tokens[n, 7 * row + column]] < distance.min() + 1e-5
+    assert torch.equal(toy.encode(toy.decode(tokens, codebook), codebook), tokens)
+    torch.manual_seed(0)
+    untrained = toy.fit_codebook(images, 16, rounds=0)
+    errors = [(toy.decode(toy.encode(images, book), book) - images).square().mean()
+              for book in (codebook, untrained)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_splices_mix_digits_of_a_class_and_lose_the_label_where_it_shows():
+    labels = torch.arange(200) % 10
+    tokens = (labels * 10 + torch.arange(200) // 10 % 10)[:, None].repeat(1, 49)  # class, which one
+    alike = torch.linspace(0, 1, 100)[:, None].expand(100, 16)  # neighbours differ by 0.01
+    torch.manual_seed(0)
+    spliced, new = toy.splice(tokens, labels, alike)
+    assert torch.equal(spliced // 10, labels[:, None].expand(200, 49)) and torch.equal(new, labels)
+    share = (spliced != tokens).float().mean(1)
+    assert 0.25 < share.mean() < 0.35 and share.max() < 0.75
+    unlike = (torch.arange(100) % 2)[:, None].expand(100, 16).float()  # neighbours differ by 1
+    spliced, new = toy.splice(tokens, labels, unlike)
+    shows = (unlike[spliced, 0] != unlike[tokens, 0]).any(1)
+    assert torch.equal(new, torch.where(shows, toy.NOT_A_DIGIT, labels)) and shows.any()
+
+
+def test_judges_tell_digits_from_splices_and_share_no_training_digit(world, monkeypatch):
+    real = world.measure_real()
+    assert min(real["reward"], real["held_out"]) > 0.45 and real["accuracy"] > 0.9
+    spliced, labels = toy.splice(world.test_tokens, world.test_labels, world.codebook)
+    shows = labels == toy.NOT_A_DIGIT
+    for judge in (world.reward_judge, world.held_out_judge):
+        log_p = world.log_prob(judge, spliced[shows], world.test_labels[shows])
+        assert log_p.exp().mean() < 0.35
+    seen = []
+    monkeypatch.setattr(toy, "train_judge", lambda judge, x, labels, *rest: seen.append(labels))
+    images = torch.randint(256, (400, 28, 28), dtype=torch.uint8)
+    toy.World.build((images, torch.arange(400)), (images[:50], torch.arange(50) % 10), TINY)
+    assert len(seen[0]) == len(seen[1]) == 200 and not set(seen[0].tolist()) & set(seen[1].tolist())
+
+
+def test_each_figure_comes_from_the_judge_and_the_samples_that_its_name_says(world):
+    """Reward from one judge, held-out and accuracy from the other; log p(c), p(c), its choice."""
+    tokens, cond = world.test_tokens[:300], world.test_labels[:300]
+    with torch.no_grad():
+        first, second = [judge(toy.decode(tokens, world.codebook)).log_softmax(1)
+                         for judge in (world.reward_judge, world.held_out_judge)]
+    rows = torch.arange(300, device=DEVICE)
+    row = world.measure(tokens, cond)
+    assert torch.allclose(world.reward(tokens, cond), first[rows, cond], atol=1e-5)
+    assert torch.allclose(world.held_out(tokens, cond), second[rows, cond].exp(), atol=1e-5)
+    p = second[rows, cond].exp()
+    for name, wanted in (("reward", first[rows, cond].exp().mean()), ("held_out", p.mean()),
+                         ("log_reward", first[rows, cond].mean()),
+                         ("held_out_se", p.std() / 300 ** 0.5),
+                         ("accuracy", (second[:, :10].argmax(1) == cond).float().mean())):
+        assert row[name] == pytest.approx(float(wanted), abs=1e-5)
+    assert not torch.allclose(first, second, atol=0.1)
+
+
+def test_frechet_distances_see_what_their_names_say(world):
+    """Zero for the real digits, small for a half of them; noise is far off in both."""
+    real = world.measure(world.test_tokens, world.test_labels)
+    halves = world.measure_real()
+    noise = world.measure(torch.randint_like(world.test_tokens, 48), world.test_labels)
+    for name in ("frechet", "pixel_frechet"):
+        assert abs(real[name]) < 1e-3 < halves[name] < 0.2 * noise[name]
+    pixels = toy.decode(world.test_tokens, world.codebook).flatten(1)
+    centred = pixels - pixels.mean(0)
+    assert (centred @ world.components).square().sum() > 0.7 * centred.square().sum()
+
+
+def test_frechet_distance_against_the_closed_form():
+    """Diagonal Gaussians: |m - n|^2 + sum (sqrt a - sqrt b)^2; and where roots do not commute."""
+    torch.manual_seed(0)
+    white = torch.randn(4000, 3, dtype=torch.float64)
+    white = (white - white.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(white.T))).T
+    a = white * torch.tensor([1.0, 2, 3])
+    b = white * torch.tensor([2.0, 2, 1]) + torch.tensor([1.0, 0, 2])
+    assert toy.frechet(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4, rel=1e-9)
+    c = white @ torch.randn(3, 3, dtype=torch.float64)
+    A, C = torch.cov(a.T), torch.cov(c.T)
+    wanted = A.trace() + C.trace() - 2 * torch.linalg.eigvals(A @ C).sqrt().real.sum()
+    assert toy.frechet(a, c) == pytest.approx(wanted.item()) and abs(toy.frechet(c, c)) < 1e-6
+
+
+def test_diversity_against_all_pairs():
+    tokens, cond = torch.randint(4, (12, 6)), torch.arange(12) % 2
+    means = []
+    for k in (0, 1):
+        pairs = itertools.combinations(range(k, 12, 2), 2)
+        means.append(np.mean([(tokens[i] != tokens[j]).double().mean().item() for i, j in pairs]))
+    assert toy.diversity(tokens, cond) == pytest.approx(np.mean(means))
+
+
+def test_a_world_survives_a_file(world, tmp_path):
+    toy.save_whole(tmp_path / "world.pt", lambda part: torch.save(world.state_dict(), part))
+    again = toy.World.from_state(torch.load(tmp_path / "world.pt", weights_only=True))
+    assert again.measure_real() == world.measure_real()
+    assert [file.name for file in tmp_path.iterdir()] == ["world.pt"]
+
+
+# ------------------------------------------------------------------ the command line
+
+def test_the_rows_are_of_the_model_and_the_schedule_that_they_name(small, capsys):
+    """What the checkpoint holds, measured here, is what results.csv says."""
+    cogrpo.main([*SMALL, "--lr=0.1", "--schedule-lr=0.3", "--seed=3"])
+    loaded = cogrpo.load_checkpoint(toy, "out/cogrpo.pt", "cpu")
+    size, world, base, model, schedule, settings = loaded
+    assert size == TINY and settings == Settings(iters=3, groups=2, group_size=4, lr=0.1,
+                                                 schedule_lr=0.3, seed=3)
+    assert not torch.equal(weights(base), weights(model)) and weights(schedule).abs().max() > 0.1
+    header, *rows = read("out/results.csv")
+    cond = torch.arange(200) % 10
+    for row, (m, p, steps) in zip(rows, ((base, Schedule(), 32), (base, Schedule(), 4),
+                                         (model, schedule, 4))):
+        torch.manual_seed(3)
+        figures = world.measure(sample(m, p, cond, steps), cond)
+        row = dict(zip(header, row))
+        assert float(row["reward"]) == pytest.approx(figures["reward"], rel=1e-6)
+        assert float(row["frechet"]) == pytest.approx(figures["frechet"], rel=1e-6)
+        assert row["passes"] == str(2 * steps)
+    header, *log = read("out/log.csv")
+    assert {"iter", "reward", "held_out", "kl_model", "kl_schedule", "clip_model"} <= set(header)
+
+
+def test_the_held_out_judge_is_never_trained_on(small, monkeypatch):
+    """Co-GRPO's reward is the reward judge's log p; log.csv has the other judge's p."""
+    calls = []
+    real = train
+
+    def spy(model, reward_fn, conds, settings, hook):
+        calls.append((reward_fn, conds))
+        return real(model, reward_fn, conds, settings, hook)
+    monkeypatch.setattr(cogrpo, "train", spy)
+    cogrpo.main(SMALL)
+    (reward_fn, given), world = calls[0], calls[0][0].__self__
+    tokens, cond = world.test_tokens[:8], world.test_labels[:8]
+    assert torch.equal(reward_fn(tokens, cond), world.log_prob(world.reward_judge, tokens, cond))
+    assert given.tolist() == list(range(10))
+
+
+def test_a_cached_world_is_used_for_equal_settings_data_and_code(small, capsys, monkeypatch):
+    def made_anew(*flags):
+        cogrpo.main([*SMALL, "--iters=1", *flags])
+        return "from cache" not in capsys.readouterr().out
+    assert made_anew() and not made_anew() and not made_anew("--lr=0.1", "--steps=2")
+    assert made_anew("--seed=1")
+    write_mnist("mnist")
+    assert made_anew("--data=mnist")
+    for change in ({"dim": 16}, {"codebook_size": 30}, {"judge_epochs": 1}, {"pretrain_steps": 20}):
+        monkeypatch.setattr(toy, "QUICK", cogrpo.replace(TINY, **change))
+        assert made_anew()
+    monkeypatch.setattr(toy, "QUICK", TINY)
+    monkeypatch.setattr(cogrpo.inspect, "getsource", lambda x: f"another {x.__name__}")
+    assert made_anew()
+    for file in Path("cache").iterdir():
+        file.write_bytes(b"damaged")
+    assert made_anew()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--steps=0"], "--steps 0"), (["--steps=50"], "1..49"), (["--group-size=1"], "--group-size 1"),
+    (["--lr=nan"], "--lr nan"), (["--lr=x"], "--lr"), (["--update=both"], "--update both"),
+    (["--data=empty"], "--data empty: no MNIST"), (["--data=broken"], "train-\\*"),
+    (["--data=swapped"], "train-\\*"), (["--data=html"], "train-\\*"),
+    (["--out=file/x"], "--out file/x"), (["--cache=file"], "--cache file"),
+    (["--load=file"], "--load file: not a"), (["--load=none.pt"], "--load none.pt: no such"),
+    (["--load=other.pt"], "--load other.pt: not a"), (["--load=file", "--lr=1"], "--lr has no"),
+    (["--load=file", "--quick"], "--quick"), (["--frobnicate"], "--frobnicate"),
+    (["--seed=-1"], "--seed -1"), (["--device=tpu"], "--device tpu"),
+    (["--micro-batch=-1"], "--micro-batch"), (["--likelihood=full"], "--likelihood full")])
+def test_bad_input_ends_in_one_line_and_status_2(flags, words, small, capsys):
+    Path("empty").mkdir()
+    Path("file").write_text("not a checkpoint")
+    torch.save({"some": torch.zeros(3)}, "other.pt")
+    (write_mnist("broken") / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0\0\0\x0a")
+    (write_mnist("html") / "train-labels-idx1-ubyte").write_text("<html>no such page</html>")
+    raw = write_mnist("swapped")
+    (raw / "train-images-idx3-ubyte").replace(raw / "x")
+    (raw / "train-labels-idx1-ubyte").replace(raw / "train-images-idx3-ubyte")
+    (raw / "x").replace(raw / "train-labels-idx1-ubyte")
+    data = [] if any("data" in f or "load" in f for f in flags) else ["--data=drawn"]
+    with pytest.raises(SystemExit) as stopped:
+        cogrpo.main([*data, *flags])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and re.search(words, error), error
+
+
+def test_a_download_that_hangs_gives_way_to_drawn_digits(small, monkeypatch):
+    """A server that accepts and says nothing: after DOWNLOAD_SECONDS the digits are drawn."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        mirror = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        monkeypatch.setattr(toy.datasets.MNIST, "mirrors", [mirror])
+        monkeypatch.setattr(toy, "DOWNLOAD_SECONDS", 0.3)
+        (images, _), _, source, key = toy.load_digits(None, TINY, 0)
+    assert len(images) == 2000 and "within 0.3 s" in source and key == "drawn"
+    assert list(Path(".").iterdir()) == []
+
+
+def test_a_download_arrives_whole(small, monkeypatch):
+    """The real files, gzipped, from a folder: what torchvision fetches ends up in data/."""
+    raw = write_mnist("mirror")
+
+    def fetch(self):
+        target = Path(self.raw_folder)
+        target.mkdir(parents=True)
+        for file in raw.iterdir():
+            (target / f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+            (target / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(toy.datasets.MNIST, "download", fetch)
+    _, _, source, key = toy.load_digits(None, TINY, 0)
+    assert source == "digits: MNIST in data" and key.startswith("mnist")
+    assert {file.name for file in Path("data/MNIST/raw").iterdir()} == set(os.listdir(raw))
+    assert {file.name for file in Path(".").iterdir()} == {"data", "mirror"}
