@@ -493,10 +493,11 @@ def round_numbers(low, high):
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def panel(title, xlabel, lines, band=None, low=None, ticks=None, width=420, height=250):
+def panel(title, xlabel, lines, band=None, low=None, ticks=None, labels=(), width=420, height=250):
     """A line chart. lines: [(x, y, colour, thickness)]; band: (x, lower, upper).
 
     low: where the y axis starts (default: below the data). ticks: {x: label} of the x axis.
+    labels: [(x, y, text)], texts beside points.
     """
     big = 2  # drawn twice as large and halved, for smooth lines
     page = Image.new("RGB", (width * big, height * big), "white")
@@ -528,6 +529,8 @@ def panel(title, xlabel, lines, band=None, low=None, ticks=None, width=420, heig
         draw.line(points, colour, thickness * big, joint="curve")
         for px, py in points if len(points) <= 16 else ():
             draw.ellipse([px - 3 * big, py - 3 * big, px + 3 * big, py + 3 * big], colour)
+    for x, y, text in labels:
+        write_text(draw, (at(x, y)[0] + 8 * big, at(x, y)[1]), text, 12 * big, INK, "lm")
     draw.line([left, top, left, bottom, right, bottom], GREY, big)
     write_text(draw, (left, 8 * big), title, 14 * big)
     write_text(draw, (right, bottom + 18 * big), xlabel, 11 * big, GREY, "ra")

@@ -1,0 +1,181 @@
+"""The ablation does what its table says; its figures against numbers. And the benchmark runs."""
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cogrpo
+import toy_reward as toy
+from cogrpo import Schedule, Settings, rollout
+from experiments import ablation, benchmark, gradient
+from test_cogrpo import DEVICE, TINY, a_model, a_schedule, conds, small  # noqa: F401, a fixture
+
+FIGURES = (*ablation.FIGURES, "log_reward", "log_held_out")
+
+
+class StubWorld:
+    """Rewards zeros, and measures nothing but how many calls it had."""
+    codebook = torch.zeros(5, 16, device=DEVICE)
+
+    def __init__(self):
+        self.calls = 0
+
+    def reward(self, tokens, cond):
+        self.calls += len(cond)
+        return (tokens == 0).float().mean(1)
+
+    def measure(self, tokens, cond):
+        return dict.fromkeys(FIGURES, float((tokens == 0).float().mean()))
+
+
+@pytest.fixture
+def stubs(small, monkeypatch):  # noqa: F811
+    """`train` and `build_world` write down what they are given and train nothing."""
+    calls = []
+
+    def build_world(toy, args, size, seed, device):
+        calls.append(("world", seed, size))
+        return StubWorld(), a_model(num_conds=10, seed=seed, dtype=torch.float32)
+
+    def train(base, reward_fn, given, s, schedule=None):
+        calls.append(("train", s, base, schedule, given.tolist()))
+        return base, a_schedule(dtype=torch.float32), []
+    monkeypatch.setattr(cogrpo, "build_world", build_world)
+    monkeypatch.setattr(ablation, "train", train)
+    monkeypatch.setattr(ablation, "EVERY_T", (2, 4))
+    monkeypatch.setattr(ablation, "draw_quality", lambda *_: None)
+    monkeypatch.setattr(ablation, "draw_frontier", lambda *_: None)
+    return calls
+
+
+def test_each_arm_has_its_settings_and_its_start(stubs):
+    """The same pretrained model and seed for all arms of a world; what differs is what it says."""
+    trained = [arm for arm in ablation.TRAINED if arm != "joint at T = 8"]
+    ablation.main(["--data=drawn", "--device=cpu", "--quick", "--seed=7", "--worlds=1", "--arms",
+                   *trained])
+    assert stubs[0] == ("world", 7, TINY)
+    base = Settings(iters=6, group_size=8, seed=7)
+    wanted = {"joint": {}, "joint, exact": {"likelihood": "exact", "kl_model": 1.2},
+              "joint, no KL": {"kl_model": 0.0, "kl_schedule": 0.0},
+              "model only": {"update": "model"}, "schedule only": {"update": "schedule"},
+              "schedule only, blind": {"update": "schedule"}, "alternate": {"update": "alternate"},
+              "alternate, twice the calls": {"update": "alternate", "iters": 100},
+              "joint at T = 2": {"steps": 2}}
+    for arm, (_, settings, model, schedule, given) in zip(trained, stubs[1:]):
+        assert settings == cogrpo.replace(base, **wanted[arm]), arm
+        assert model is stubs[1][2] and given == list(range(10))
+        assert isinstance(schedule, ablation.Blind) == ("blind" in arm)
+
+
+def test_a_blind_schedule_sees_the_step_and_nothing_else():
+    blind = ablation.Blind().to(DEVICE).double()
+    torch.nn.init.normal_(blind.residual[2].weight)
+    _, trajectory = rollout(a_model(), blind, conds(16), 4, explore=False)
+    assert all((step.mean == step.mean[0]).all() for step in trajectory)
+    assert not torch.equal(trajectory[0].mean[0], trajectory[1].mean[0])
+
+
+def test_the_hand_made_arm_is_the_hand_made_schedule():
+    for t in range(4):
+        ours = ablation.by_hand(*ablation.BY_HAND["hand-made"]).hand_made(t, 4)
+        assert ours == pytest.approx(cogrpo.hand_made(t, 4))
+        assert ablation.by_hand(*ablation.BY_HAND["tau_s = 0.7"]).hand_made(t, 4)[1] == 0.7
+
+
+def test_it_goes_on_where_it_was_stopped_and_keeps_settings_apart(stubs, capsys):
+    """An arm whose rows are there does not run again; rows of other settings are refused."""
+    command = ["--data=drawn", "--device=cpu", "--quick", "--seed=3", "--worlds=2", "--arms",
+               "hand-made", "joint", "model only"]
+    ablation.main(command)
+    path = Path("ablation/ablation.csv")
+    rows = ablation.read_csv(path)
+    assert [(r["seed"], r["arm"], r["T"]) for r in rows[:7]] == [
+        ("3", "hand-made", "2"), ("3", "hand-made", "4"), ("3", "joint", "2"), ("3", "joint", "4"),
+        ("3", "joint, its model alone", "2"), ("3", "joint, its model alone", "4"),
+        ("3", "model only", "4")]
+    assert [call[1] for call in stubs if call[0] == "world"] == [3, 4]
+    toy.write_csv(path, rows[:-1])  # as if it had been stopped before the last arm
+    before = len(stubs)
+    ablation.main(command)
+    again = [call for call in stubs[before:] if call[0] == "train"]
+    assert len(again) == 1 and again[0][1].update == "model" and again[0][1].seed == 4
+    assert ablation.read_csv(path)[-1]["reward"] == rows[-1]["reward"]
+    with pytest.raises(SystemExit) as stopped:
+        ablation.main(["--data=drawn", "--device=cpu", "--worlds=1"])
+    assert stopped.value.code == 2 and "of other settings" in capsys.readouterr().err
+
+
+def test_the_best_by_hand_is_found_within_one_runs_reward_calls():
+    """A reward that likes cold draws; where those are too much alike, the floor forbids them."""
+    model, calls, s = a_model(num_conds=10, dtype=torch.float32), [], Settings(steps=2)
+    canvas = torch.full((1, 6), 5, device=DEVICE)
+    likely = model(canvas, torch.zeros(1, dtype=torch.long, device=DEVICE)).argmax(2)
+
+    class Likes:
+        codebook = torch.zeros(1, device=DEVICE)
+
+        def reward(tokens, cond):
+            calls.append(len(cond))
+            return (tokens == likely).float().mean(1)
+    found = ablation.best_by_hand(model, Likes, s, 0.0).hand_made
+    assert sum(calls) <= s.iters * s.groups * s.group_size and found(1, 2)[1] < 0.8
+    assert ablation.best_by_hand(model, Likes, s, 0.99).hand_made(1, 2)[1] >= 1
+
+
+def test_tables_against_numbers():
+    """Two worlds that differ a lot and arms that differ by little: pairing does not see worlds."""
+    def row(held_out, diversity):
+        return {**dict.fromkeys(FIGURES, held_out), "diversity": diversity}
+    figures = {("joint", 4): {"0": row(0.30, 0.35), "1": row(0.62, 0.35)}}
+    for arm, less in (("hand-made", 0.2), ("model only", 0.1), ("schedule only", 0.15),
+                      ("schedule only, blind", 0.16)):
+        figures[arm, 4] = {"0": row(0.30 - less, 0.40), "1": row(0.62 - less, 0.40)}
+    figures["tau_s = 0.7", 4] = {"0": row(0.20, 0.30), "1": row(0.20, 0.30)}
+    figures["hand-made", 32] = {"0": row(0.2, 0.34), "1": row(0.4, 0.34)}
+    text = "\n".join(ablation.tables(figures))
+    assert "| model only, T = 4 | +0.100 ± 0.000 | +0.100" in text
+    assert "halves, held_out: +0.050 ± 0.000" in text
+    assert "adds to the schedule, held_out: +0.010 ± 0.000" in text
+    assert "| joint, T = 4 | 0.460 ± 2.034" in text
+    ratios = [0.30 / 0.15, 0.62 / 0.31]  # halfway between tau_s = 1 (0.1 and 0.42) and 0.7 (0.2)
+    assert f"at T = 4, at equal diversity: {np.mean(ratios):.2f} ± 0.00, in 2 of 2 worlds" in text
+    assert "at T = 32, at equal diversity: -, in 0 of 2" in text  # that sweep ends at 0.34
+
+
+def test_intervals_against_numbers():
+    """Student's t: for 1, 2, 3 it is 4.303 / sqrt(3); five draws cover the mean 95 times in 100."""
+    assert ablation.interval([1.0, 2.0, 3.0]) == pytest.approx((2, 4.303 / 3 ** 0.5), rel=1e-3)
+    draws = np.random.default_rng(0).normal(3, 2, (4000, 5))
+    pairs = [ablation.interval(values) for values in draws.tolist()]
+    assert np.mean([abs(mean - 3) < half for mean, half in pairs]) == pytest.approx(0.95, abs=0.012)
+
+
+def test_the_whole_ablation_on_a_small_world(small, capsys):  # noqa: F811
+    """Nothing stubbed: three arms, the tables and the pictures."""
+    ablation.main(["--data=drawn", "--device=cpu", "--quick", "--worlds=1", "--arms", "hand-made",
+                   "joint", "schedule only, blind"])
+    assert "| joint, T = 4 |" in capsys.readouterr().out
+    assert {file.name for file in Path("ablation").iterdir()} == {
+        "ablation.csv", "ablation.md", "quality.png", "frontier.png"}
+
+
+def test_the_benchmark_counts_rows_and_prints_ratios():
+    """A forward pass of a row counts one, with its backward three."""
+    model = a_model()
+    rows = benchmark.count_rows(model)
+    rollout(model, Schedule().to(DEVICE).double(), conds(5), 3)
+    assert rows == [5 * 2 * 3]
+    model(torch.zeros(4, 6, dtype=torch.long, device=DEVICE), conds(4)).sum().backward()
+    assert rows == [30 + 12]
+    device = torch.device(DEVICE)
+    lines = benchmark.time_an_iteration(device, repeats=1)
+    table = re.findall(r"^\| (\w+) \| \d+ \| \d+ \| (\d+\.\d+) \|$", "\n".join(lines), re.M)
+    assert [name for name, _ in table] == ["rollout", "update", "iteration"]
+    assert all(float(ratio) > 0.5 for _, ratio in table)
+
+
+def test_the_table_of_bias_and_variance_has_the_numbers_of_its_function():
+    bias, variance = gradient.bias_and_variance("exact", 0, 1.0)
+    assert bias < 1e-8 < 0.01 < gradient.bias_and_variance("fill", 0, 1.0)[0] and variance > 1
