@@ -91,13 +91,9 @@ class Settings:
             raise ValueError(f"--likelihood {self.likelihood}: must be fill or exact")
         lowest = {"steps": 1, "iters": 1, "groups": 1, "epochs": 1, "group_size": 2, "spread": 1e-6}
         for f in fields(self)[2:]:
-            low, value = lowest.get(f.name, 0), getattr(self, f.name)
-            if not low <= value < 2 ** 32:  # NaN fails, too
-                raise ValueError(f"{flag(f.name)} {value}: must be at least {low}, and finite")
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
+            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
+            if not lowest.get(f.name, 0) <= value < 2 ** 32:  # NaN fails, too
+                raise ValueError(f"{flag} {value}: must be at least {lowest.get(f.name, 0)}")
 
 
 # ------------------------------------------------------------------ the masked diffusion model
@@ -132,9 +128,7 @@ class MDM(nn.Module):
 
     def __init__(self, seq_len, vocab_size, num_conds, dim=96, depth=3, heads=4):
         super().__init__()
-        self.seq_len = seq_len
-        self.mask_id = vocab_size
-        self.null_cond = num_conds
+        self.seq_len, self.mask_id, self.null_cond = seq_len, vocab_size, num_conds
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
@@ -593,10 +587,9 @@ def prepare(model, s, schedule=None):
 
 
 def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
-    """Iteration i of Co-GRPO: rollout, reward, advantage, update.
+    """Iteration i of Co-GRPO: (a row of the log, tokens int64 [B, L], cond [B, ...]).
 
-    Its random numbers depend on s.seed, i and the process alone. Returns a row of the log (a dict
-    of floats), and this process's tokens int64 [B, L] and cond [B, ...].
+    Its random numbers depend on s.seed, i and the process alone.
     """
     rank, ranks = processes()
     torch.manual_seed((s.seed * s.iters + i) * ranks + rank)
@@ -610,13 +603,13 @@ def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
     mine = torch.arange(s.groups, device=conds.device).chunk(ranks)[rank]
     cond = conds[(turn * s.groups + mine) % len(conds)]  # [groups, ...]
     cond = cond.repeat_interleave(s.group_size, 0)       # [B, ...]
-    conds_of = cond.split(s.micro_batch or len(cond))
-    rollouts = [rollout(model, schedule, c, s.steps, likelihood=s.likelihood) for c in conds_of]
+    micro = cond.split(s.micro_batch or len(cond))
+    rollouts = [rollout(model, schedule, c, s.steps, likelihood=s.likelihood) for c in micro]
     tokens = torch.cat([tokens for tokens, _ in rollouts])
 
     reward = check_reward(reward_fn(tokens, cond), cond)
-    advantage = group_advantage(reward, s.group_size).split(len(conds_of[0]))
-    parts = [(rollouts[k][1], conds_of[k], advantage[k]) for k in range(len(rollouts))]
+    advantage = group_advantage(reward, s.group_size).split(len(micro[0]))
+    parts = [(rollouts[k][1], micro[k], advantage[k]) for k in range(len(micro))]
     row = update(model, schedule, reference, optimizer, parts, s, which)
 
     groups = reward.view(-1, s.group_size)
@@ -659,8 +652,8 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
 
 def check_reward(reward, cond):
     """The reward as float [B], in float32 at least, on the device of cond. ValueError if wrong."""
-    wanted = torch.is_tensor(reward) and reward.is_floating_point()
-    if not wanted or reward.shape != (len(cond),):
+    is_float = torch.is_tensor(reward) and reward.is_floating_point()
+    if not is_float or reward.shape != (len(cond),):
         got = f"{reward.dtype} {list(reward.shape)}" if torch.is_tensor(reward) else type(reward)
         raise ValueError(f"reward_fn returned {got}: it must be float [{len(cond)}], one a sample")
     reward = reward.detach().to(cond.device, torch.promote_types(reward.dtype, torch.float32))
@@ -682,14 +675,15 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="the whole pipeline, but small")
     parser.add_argument("--load", help="a cogrpo.pt: measure and draw it, at --steps")
     for f in fields(Settings):
-        parser.add_argument(flag(f.name), type=f.type, help=f"{f.metadata['help']} ({f.default})")
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type,
+                            help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
     names = [f.name for f in fields(Settings) if getattr(args, f.name) is not None]
     given = {name: getattr(args, name) for name in names}
-    if args.load:
-        for name in ("data", "quick", *names):
-            if getattr(args, name) and name not in ("steps", "seed"):
-                raise ValueError(f"{flag(name)} has no effect with --load: leave it out")
+    for name, value in vars(args).items():
+        idle = name not in ("load", "steps", "seed", "out", "device")
+        if args.load and idle and value != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --load: leave it out")
     return args, given
 
 
@@ -758,9 +752,8 @@ def load_checkpoint(toy, path, device):
         settings, size = Settings(**saved["settings"]), toy.Size(**saved["size"])
         base = MDM(toy.SEQ_LEN, size.codebook_size, toy.CLASSES, size.dim, size.depth).to(device)
         model, schedule = copy.deepcopy(base), Schedule(settings.spread).to(device)
-        base.load_state_dict(saved["base"])
-        model.load_state_dict(saved["model"])
-        schedule.load_state_dict(saved["schedule"])
+        for name, module in (("base", base), ("model", model), ("schedule", schedule)):
+            module.load_state_dict(saved[name])
         return size, toy.World.from_state(saved["world"]), base, model, schedule, settings
     except FileNotFoundError:
         raise ValueError(f"--load {path}: no such file; a run writes cogrpo.pt in --out") from None
@@ -769,9 +762,9 @@ def load_checkpoint(toy, path, device):
         raise ValueError(f"--load {path}: not a cogrpo.pt of this program ({reason})") from None
 
 
-def report(toy, out, size, world, base, model, schedule, T, seed):
+def report(toy, out, checkpoint, T, seed, device):
     """Measure before and after: the table, results.csv, samples.png, decoding.gif, schedule.png."""
-    device = world.codebook.device
+    size, world, base, model, schedule, _ = load_checkpoint(toy, checkpoint, device)
     cond = torch.arange(size.eval_samples, device=device) % toy.CLASSES
     rows, films = [], []
     for name, m, p, steps in (("base T=32", base, Schedule().to(device), 32),
@@ -801,8 +794,6 @@ def report(toy, out, size, world, base, model, schedule, T, seed):
 def run(argv):
     import toy_reward as toy  # here, so that the method needs neither torchvision nor Pillow
     args, given = parse(argv)
-    settings = replace(Settings(iters=6, group_size=8) if args.quick else Settings(), **given)
-    size = toy.QUICK if args.quick else toy.Size()
     device = pick_device(args.device)
     if "RANK" in os.environ:  # torchrun started this; rank 0 alone prints
         if device.type == "cuda":
@@ -810,23 +801,25 @@ def run(argv):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    T, out = settings.steps, Path(args.out or "out")
+    size = toy.QUICK if args.quick else toy.Size()
+    settings = Settings(iters=6, group_size=8) if args.quick else Settings()
     if args.load:
-        T = given.get("steps", load_checkpoint(toy, args.load, device)[-1].steps)
-        out = Path(args.out or Path(args.load).parent / f"T{T}")
+        settings = load_checkpoint(toy, args.load, device)[-1]
+    settings = replace(settings, **given)
+    T = settings.steps
     if T > toy.SEQ_LEN:
         raise ValueError(f"--steps {T}: must be in 1..{toy.SEQ_LEN}, the number of tokens")
-    for name, folder in (("--out", out), ("--cache", args.cache)):
+    out = Path(args.out or (Path(args.load).parent / f"T{T}" if args.load else "out"))
+    for name, folder in (("--out", out), ("--cache", out if args.load else Path(args.cache))):
         try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise ValueError(f"{name} {folder}: cannot write there ({error.strerror})") from None
     if not args.load:
         train_toy(toy, args, settings, size, out, device)
     if processes()[0] == 0:
-        *loaded, _ = load_checkpoint(toy, args.load or out / "cogrpo.pt", device)
-        report(toy, out, *loaded, T, settings.seed)
+        report(toy, out, args.load or out / "cogrpo.pt", T, settings.seed, device)
 
 
 def main(argv=None):
@@ -838,8 +831,6 @@ def main(argv=None):
             raise  # a bug, and a bug shows its traceback
         print(f"cogrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)  # as a shell expects after Ctrl-C
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

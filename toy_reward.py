@@ -1,19 +1,18 @@
 """The toy world of Co-GRPO: digits as tokens, and a judge whose reward leaves room to rise.
 
-    data      real MNIST from --data DIR, ./data or torchvision's download; else digits that Pillow
-              draws
+    data      MNIST from --data DIR, ./data or torchvision's download; else digits drawn by Pillow
     codebook  28x28 pixels are 49 patches of 4x4, and k-means turns each patch into one of V tokens
-    judges    small convolutional nets with ELEVEN classes: ten digits and "not a digit". The
-              negatives are splices: real digits with some patches of another digit of the same
-              class. Every token is plausible, but the strokes do not join. That is what few-step
-              parallel decoding gets wrong, and no sample of the model is needed to make one.
+    judges    small convolutional nets with ELEVEN classes: ten digits and "not a digit". Negatives
+              are splices: real digits with some patches of another digit of their class. Every
+              token is plausible, but the strokes do not join. That is what few-step decoding gets
+              wrong, and it takes no sample of the model to make one.
     reward    log p(c | image) of the reward judge, which saw one half of the training set. The
-              held-out judge saw the other half and only measures. Both see digits through the
-              codebook, as they see samples.
-    measures  held-out probability, accuracy, two Fréchet distances, diversity: a reward that is
-              hacked shows in them
+              held-out judge saw the other half and only measures. Both see digits as they see
+              samples, through the codebook.
+    measures  held-out probability, accuracy, two Fréchet distances, diversity: a hacked reward
+              shows in them
 
-cogrpo.py knows none of this. It sees tokens, conditions and `reward(tokens, cond)`: bring your own.
+cogrpo.py knows none of this: it sees tokens, conditions and `reward(tokens, cond)`.
 """
 import csv
 import math
@@ -96,14 +95,12 @@ def has_mnist(root):
 
 
 def read_mnist(root, train, limit):
-    """The first `limit` images uint8 [N, 28, 28] and labels int64 [N] of one part of MNIST."""
+    """The first `limit` images uint8 [N, 28, 28] and labels int64 [N] of a part of MNIST."""
     try:
         mnist = datasets.MNIST(root, train=train)
         images, labels = mnist.data, mnist.targets.long()
-        if images.shape != (len(labels), SIDE, SIDE) or len(labels) < 200:
-            raise ValueError(f"{list(images.shape)} images, {len(labels)} labels")
-        if labels.min() < 0 or labels.max() >= CLASSES:
-            raise ValueError("labels beyond 0..9")
+        if images.shape != (len(labels), SIDE, SIDE) or len(labels) < 200 or labels.max() > 9:
+            raise ValueError(f"{list(images.shape)} images, {len(labels)} labels up to 9 wanted")
         return images[:limit], labels[:limit]
     except (RuntimeError, ValueError, AssertionError, IndexError, OSError) as error:
         files = "train-*" if train else "t10k-*"
@@ -113,14 +110,14 @@ def read_mnist(root, train, limit):
 
 def download(root):
     """torchvision's download into root, whole or not at all. Returns None, or what went wrong."""
-    outcome = []
+    problem = [f"no MNIST within {DOWNLOAD_SECONDS} s"]
 
     def work(folder):
         try:
             datasets.MNIST(folder, download=True)
-            outcome.append(None)
+            problem.clear()
         except Exception as error:  # any failure has the same cure: drawn digits
-            outcome.append("no MNIST: " + " ".join(str(error).split())[:120])
+            problem[0] = "no MNIST: " + " ".join(str(error).split())[:120]
 
     try:
         folder = Path(tempfile.mkdtemp(prefix=".mnist-", dir="."))
@@ -128,14 +125,14 @@ def download(root):
         thread = threading.Thread(target=work, args=[folder], daemon=True)
         thread.start()
         thread.join(DOWNLOAD_SECONDS)
-        problem = outcome[0] if outcome else f"no MNIST within {DOWNLOAD_SECONDS} s"
-        if problem is None:
+        outcome = list(problem)  # the thread may still be at it
+        if not outcome:
             raw = Path(root) / "MNIST" / "raw"
             raw.mkdir(parents=True, exist_ok=True)
             for file in (folder / "MNIST" / "raw").glob("*-ubyte"):
                 os.replace(file, raw / file.name)
         shutil.rmtree(folder, ignore_errors=True)
-        return problem
+        return outcome[0] if outcome else None
     except OSError as error:
         return f"cannot write there: {error.strerror}"
 
@@ -272,10 +269,7 @@ def train_judge(judge, tokens, labels, codebook, epochs, batch=128):
 # ------------------------------------------------------------------ the world: reward and measures
 
 def frechet(a, b):
-    """Fréchet distance of Gaussians fitted to a [N, D] and b [M, D]; float64, on the CPU.
-
-    |mean difference|^2 + tr(A + B - 2 (A B)^1/2)
-    """
+    """|mean difference|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians fitted to a [N, D], b [M, D]."""
     a, b = a.cpu().double(), b.cpu().double()
     values, vectors = torch.linalg.eigh(torch.cov(a.T))
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # A^1/2
@@ -297,15 +291,11 @@ def diversity(tokens, cond):
 
 
 class World(nn.Module):
-    """Codebook, judges and test digits: the reward, and all that measures a sample.
-
-    `World.build` makes one; `state_dict` and `World.from_state` carry it through a file.
-    """
+    """Codebook, judges and test digits: the reward, and all that measures a sample."""
 
     def __init__(self, codebook, reward_judge, held_out_judge, test_tokens, test_labels):
         super().__init__()
-        self.reward_judge = reward_judge
-        self.held_out_judge = held_out_judge
+        self.reward_judge, self.held_out_judge = reward_judge, held_out_judge
         self.register_buffer("codebook", codebook)
         self.register_buffer("test_tokens", test_tokens)
         self.register_buffer("test_labels", test_labels)
@@ -315,10 +305,7 @@ class World(nn.Module):
 
     @classmethod
     def build(cls, train_set, test_set, size, device="cpu"):
-        """(images uint8, labels) twice -> (world, train tokens, train labels).
-
-        Its random numbers are those of torch's global generator.
-        """
+        """(images uint8, labels) twice -> (world, train tokens, train labels). Seed it before."""
         images, labels = train_set[0].to(device) / 255, train_set[1].to(device)
         codebook = fit_codebook(images, size.codebook_size)
         tokens = encode(images, codebook)
@@ -331,7 +318,7 @@ class World(nn.Module):
 
     @classmethod
     def from_state(cls, state):
-        """The world of a state_dict, on its device."""
+        """The world that had this state_dict, on the device of its tensors."""
         judges = [Judge(width) for width in WIDTHS]
         world = cls(state["codebook"], *judges, state["test_tokens"], state["test_labels"])
         world.load_state_dict(state)
@@ -358,9 +345,9 @@ class World(nn.Module):
 
     @torch.no_grad()
     def measure(self, tokens, cond):
-        """All figures of samples, a dict. "reward" is the mean p, "log_reward" the mean log p.
+        """All figures of samples, a dict of floats; "_se" is a standard error over the samples.
 
-        tokens int64 [N, 49], cond int64 [N]. "_se" is a standard error over the samples.
+        tokens int64 [N, 49], cond int64 [N]. "reward" is the mean p, "log_reward" the mean log p.
         """
         log_reward = self.reward(tokens, cond)
         log_held_out = self.log_prob(self.held_out_judge, tokens, cond)
@@ -368,8 +355,7 @@ class World(nn.Module):
         row = {"log_reward": float(log_reward.mean()), "log_held_out": float(log_held_out.mean())}
         for name, x in (("reward", log_reward.exp()), ("held_out", log_held_out.exp()),
                         ("accuracy", (digit == cond).float())):
-            row[name] = float(x.mean())
-            row[name + "_se"] = float(x.std() / len(x) ** 0.5)
+            row[name], row[name + "_se"] = float(x.mean()), float(x.std() / len(x) ** 0.5)
         features, pixels = self.features(tokens)
         real_features, real_pixels = self.features(self.test_tokens)
         row["frechet"] = frechet(features, real_features)
@@ -418,8 +404,8 @@ def table(rows):
         cells = [row["name"]]
         for name in ("reward", "held_out", "accuracy"):
             cells.append(f"{row[name]:.3f} ± {row[name + '_se']:.3f}")
-        cells += [f"{row['frechet']:.1f}", f"{row['pixel_frechet']:.2f}"]
-        cells += [f"{row['diversity']:.3f}", str(row["passes"])]
+        cells += [f"{row['frechet']:.1f}", f"{row['pixel_frechet']:.2f}",
+                  f"{row['diversity']:.3f}", str(row["passes"])]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -473,8 +459,7 @@ def draw_samples(path, films, world):
 
 def draw_decoding(path, films, world):
     """Canvases that fill up, animated. films: [(caption, [canvas [N, 49] after 0..T steps])]."""
-    frames = []
-    T = len(films[0][1]) - 1
+    frames, T = [], len(films[0][1]) - 1
     for t in range(T + 1):
         pictures = [canvas_picture(canvases[t][:10], world.codebook, 5, 3) for _, canvases in films]
         captions = [f"{caption}, step {t} of {T}" for caption, _ in films]
@@ -494,11 +479,8 @@ def round_numbers(low, high):
 
 
 def panel(title, xlabel, lines, band=None, low=None, ticks=None, labels=(), width=420, height=250):
-    """A line chart. lines: [(x, y, colour, thickness)]; band: (x, lower, upper).
-
-    low: where the y axis starts (default: below the data). ticks: {x: label} of the x axis.
-    labels: [(x, y, text)], texts beside points.
-    """
+    """A line chart. lines: [(x, y, colour, thickness)]; band: (x, lower, upper); low: of the y
+    axis (default: below the data); ticks: {x: label}; labels beside points: [(x, y, text)]."""
     big = 2  # drawn twice as large and halved, for smooth lines
     page = Image.new("RGB", (width * big, height * big), "white")
     draw = ImageDraw.Draw(page)
@@ -566,8 +548,7 @@ def draw_schedule(path, parameters):
 def draw_curves(path, log):
     """log: dicts with "iter" and the four figures below."""
     x = [row["iter"] for row in log]
-    reach = max(1, len(log) // 10)
-    panels = []
+    reach, panels = max(1, len(log) // 10), []
     for name, title in (("reward", "mean reward of the rollouts, log p(c | image)"),
                         ("held_out", "the held-out judge's p(c | image)"),
                         ("kl_model", "KL(model || pretrained), nats"),
