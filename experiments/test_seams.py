@@ -2,6 +2,7 @@
 import copy
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -158,6 +159,50 @@ def test_another_domain_learns_through_the_same_seams(guided):
     better, schedule, log = train(model, alternating, conds(2, 2), settings)
     after = alternating(sample(better, schedule, test, 2), test).mean()
     assert before < 0.6 and after > before + 0.2 and len(log) == 60
+
+
+# ------------------------------------------------------------------ extreme, but legal
+
+class InBf16(nn.Module):
+    """A model whose forward runs under autocast."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+        self.seq_len, self.mask_id, self.null_cond = body.seq_len, body.mask_id, body.null_cond
+
+    def forward(self, tokens, cond):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return self.body(tokens, cond)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_extreme_schedules_and_settings_stay_finite(seed):
+    """Temperatures 1e-3 to 1e3, w to 100, r at both ends, T = 1 and L, V = 2, L = 1, bf16.
+
+    What cannot be done ends in a ValueError that names a flag, never in NaN weights or a crash.
+    """
+    pick = random.Random(seed)
+    L, V = pick.choice([1, 2, 9]), pick.choice([2, 7])
+    values = (pick.choice([0.0, 1e-9, 0.5, 1.0]), pick.choice([1e-3, 1.0, 1e3]),
+              pick.choice([0.0, 1e-3, 1.0, 1e3]), pick.choice([0.0, 1.0, 100.0]))
+    dtype = pick.choice([torch.float32, torch.float64])
+    model = a_model(L, V, 1, guided=pick.random() < 0.7, seed=seed, dtype=dtype, sharp=30.0)
+    if pick.random() < 0.3:
+        model = InBf16(model)
+    settings = Settings(steps=pick.choice([1, L]), iters=2, groups=2, group_size=3,
+                        likelihood=pick.choice(["fill", "exact"]), epochs=pick.choice([1, 2]),
+                        update=pick.choice(["joint", "alternate"]), seed=seed)
+    start = Schedule(hand_made=lambda t, T: values)
+    try:
+        better, schedule, log = train(model, lambda x, c: (x == 0).float().mean(1), conds(1, 1),
+                                      settings, schedule=start)
+    except ValueError as error:
+        assert str(error).startswith("--lr")
+        return
+    assert weights(better).isfinite().all() and weights(schedule).isfinite().all()
+    tokens = sample(better, schedule, conds(5, 1), settings.steps)
+    assert (0 <= tokens).all() and (tokens < V).all()
 
 
 # ------------------------------------------------------------------ devices
