@@ -15,6 +15,7 @@
 cogrpo.py knows none of this: it sees tokens, conditions and `reward(tokens, cond)`.
 """
 import csv
+import io
 import math
 import os
 import shutil
@@ -380,20 +381,19 @@ def save_whole(path, write):
     try:
         write(part)
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        raise ValueError(f"--out, --cache: {path} cannot be written ({error})") from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_csv(path, rows):
     """Dicts as a CSV file; a column that a row lacks stays empty."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(part):
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-    save_whole(path, write)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    save_whole(path, lambda part: part.write_bytes(text.getvalue().encode()))
 
 
 def table(rows):

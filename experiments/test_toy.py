@@ -239,7 +239,8 @@ def test_a_cached_world_is_used_for_equal_settings_data_and_code(small, capsys, 
     (["--out=file/x"], "--out file/x"), (["--cache=file"], "--cache file"),
     (["--load=file"], "--load file: not a"), (["--load=none.pt"], "--load none.pt: no such"),
     (["--load=other.pt"], "--load other.pt: not a"), (["--load=file", "--lr=1"], "--lr has no"),
-    (["--load=file", "--quick"], "--quick"), (["--frobnicate"], "--frobnicate"),
+    (["--load=file", "--kl-model=0"], "--kl-model has no"), (["--load=file", "--quick"], "--quick"),
+    (["--frobnicate"], "--frobnicate"),
     (["--seed=-1"], "--seed -1"), (["--device=tpu"], "--device tpu"),
     (["--micro-batch=-1"], "--micro-batch"), (["--likelihood=full"], "--likelihood full")])
 def test_bad_input_ends_in_one_line_and_status_2(flags, words, small, capsys):
@@ -257,6 +258,21 @@ def test_bad_input_ends_in_one_line_and_status_2(flags, words, small, capsys):
         cogrpo.main([*data, *flags])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and re.search(words, error), error
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(small, capsys, monkeypatch):
+    """What cannot be written is named, and what was there is whole."""
+    Path("results.csv").write_text("old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(toy.os, "replace", full)
+    with pytest.raises(ValueError, match="results.csv cannot be written .*No space left"):
+        toy.write_csv(Path("results.csv"), [{"a": 1}])
+    assert Path("results.csv").read_text() == "old" and len(list(Path(".").iterdir())) == 1
+    with pytest.raises(SystemExit) as stopped:
+        cogrpo.main(SMALL)
+    assert stopped.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
 def test_a_download_that_hangs_gives_way_to_drawn_digits(small, monkeypatch):
