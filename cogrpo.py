@@ -77,7 +77,7 @@ class Settings:
     lr: float = setting(2e-3, "learning rate of the model, falling to 0")
     schedule_lr: float = setting(2e-2, "learning rate of the schedule, falling to 0")
     clip: float = setting(0.2, "PPO: a ratio outside [1 - clip, 1 + clip] gains nothing")
-    kl_model: float = setting(5.0, "weight of KL(model || pretrained)")
+    kl_model: float = setting(4.0, "weight of KL(model || pretrained)")
     kl_schedule: float = setting(0.05, "weight of KL(schedule || hand-made)")
     grad_norm: float = setting(1.0, "the gradient of each factor is clipped to this norm")
     spread: float = setting(0.3, "standard deviation of the schedule's exploration")

@@ -579,8 +579,8 @@ def trained(model=None, hook=None, start=None, reward=likes_zeros, **more):
 
 @pytest.mark.parametrize("iters, more, touches", [
     (1, {"update": "model"}, "phi"), (1, {"update": "schedule"}, "theta"),
-    (1, {"likelihood": "exact"}, "theta"), (1, {"lr": 2e-3}, "theta"),
-    (1, {"schedule_lr": 1e-2}, "phi"), (2, {"kl_model": 5.0}, "theta"),
+    (1, {"likelihood": "exact"}, "theta"), (1, {"lr": 5e-3}, "theta"),
+    (1, {"schedule_lr": 5e-2}, "phi"), (2, {"kl_model": 50.0}, "theta"),
     (1, {"kl_schedule": 5.0}, "phi"), (1, {"grad_norm": 1e-9}, "theta phi"),
     (1, {"epochs": 2}, "theta phi"), (1, {"steps": 3}, "theta phi"),
     (1, {"groups": 6}, "theta phi"), (1, {"group_size": 6}, "theta phi"),

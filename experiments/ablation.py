@@ -33,7 +33,7 @@ T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for
 
 TRAINED = {  # what an arm changes in the settings
     "joint": {},
-    "joint, exact": {"likelihood": "exact", "kl_model": 1.2},
+    "joint, exact": {"likelihood": "exact", "kl_model": 6.0},
     "joint, no KL": {"kl_model": 0.0, "kl_schedule": 0.0},
     "model only": {"update": "model"},
     "schedule only": {"update": "schedule"},

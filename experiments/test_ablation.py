@@ -57,7 +57,7 @@ def test_each_arm_has_its_settings_and_its_start(stubs):
                    *trained])
     assert stubs[0] == ("world", 7, TINY)
     base = Settings(iters=6, group_size=8, seed=7)
-    wanted = {"joint": {}, "joint, exact": {"likelihood": "exact", "kl_model": 1.2},
+    wanted = {"joint": {}, "joint, exact": {"likelihood": "exact", "kl_model": 6.0},
               "joint, no KL": {"kl_model": 0.0, "kl_schedule": 0.0},
               "model only": {"update": "model"}, "schedule only": {"update": "schedule"},
               "schedule only, blind": {"update": "schedule"}, "alternate": {"update": "alternate"},
