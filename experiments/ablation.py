@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import cogrpo
 import toy_reward as toy
-from cogrpo import Schedule, Settings, sample, train
+from cogrpo import Schedule, Settings, iterate, prepare, sample, train
 
 T = 4                             # at which the arms train, where nothing else is said
 EVERY_T = (2, 4, 8, 16, 32)       # at which the main arms are measured
@@ -42,6 +42,7 @@ TRAINED = {  # what an arm changes in the settings
     "alternate, twice the calls": {"update": "alternate", "iters": 2 * Settings().iters},
     "joint at T = 2": {"steps": 2},
     "joint at T = 8": {"steps": 8},
+    "joint at T = 2, 4, 8 in turn": {},
 }
 BY_HAND = {  # power of the cosine, tau_s, tau_r, w: the first is `cogrpo.hand_made`
     "hand-made": (1, 1, 4.5, 1),
@@ -105,8 +106,13 @@ def run_arm(arm, world, base, s, floor):
     torch.manual_seed(s.seed)
     start = Blind(s.spread) if "blind" in arm else None
     conds = torch.arange(toy.CLASSES, device=device)
-    model, schedule, _ = train(base, world.reward, conds, s, schedule=start)
-    if arm not in ("joint", "joint at T = 2", "joint at T = 8"):
+    if "in turn" in arm:
+        parts = model, schedule, reference, optimizer = prepare(base, s)
+        for i in tqdm(range(s.iters), "Co-GRPO", unit="iter"):
+            iterate(i, *parts, world.reward, conds, replace(s, steps=(2, 4, 8)[i % 3]))
+    else:
+        model, schedule, _ = train(base, world.reward, conds, s, schedule=start)
+    if arm != "joint" and "at T" not in arm:
         return [(arm, model, schedule, (s.steps,))]
     hand_made = Schedule().to(device)
     return [(arm, model, schedule, EVERY_T),
