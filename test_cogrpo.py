@@ -120,7 +120,7 @@ def split(trajectory, cond, advantage, size):
 # ------------------------------------------------------------------ pretraining
 
 class Recorder(nn.Module):
-    """Knows one number: how much more likely token 0 is. Keeps what it is shown."""
+    """Copies what it can see, knows one number, how likely a hidden 0 is, and keeps its input."""
 
     def __init__(self, seq_len=10, vocab=4, null_cond=7):
         super().__init__()
@@ -130,9 +130,9 @@ class Recorder(nn.Module):
 
     def forward(self, tokens, cond):
         self.shown.append((tokens.clone(), cond.clone()))
-        logits = torch.zeros(*tokens.shape, self.vocab)
-        logits[:, :, 0] = self.scale
-        return logits
+        seen = nn.functional.one_hot(tokens, self.vocab + 1)[:, :, :self.vocab]
+        zero = torch.eye(self.vocab)[0]
+        return 50.0 * seen + self.scale * zero * (tokens == self.mask_id)[:, :, None]
 
 
 def test_pretraining_shows_masks_by_the_law_and_never_the_answer():
@@ -168,17 +168,17 @@ def test_pretraining_drops_a_tenth_of_the_conditions():
         assert not cond.any()  # the data stay as they are
 
 
-def test_pretraining_loss_is_of_the_hidden_tokens_alone():
-    """A model that always says 0 is right on hidden 0s; the visible 1s must not count."""
-    data = torch.zeros(64, 10, dtype=torch.long)
-    data[:, 5:] = 1
-    model = Recorder()
-    loss = cogrpo.pretrain(model, data, torch.zeros(64).long(), steps=100, batch=64, lr=0.0)
-    assert loss == pytest.approx(math.log(4), abs=1e-5)  # four equal tokens, unmoved at lr 0
-    with torch.no_grad():
-        model.scale.fill_(50.0)
-    loss = cogrpo.pretrain(model, data, torch.zeros(64).long(), steps=100, batch=64, lr=0.0)
-    assert loss == pytest.approx(25, abs=1)              # half of what is hidden is wrong, at 50
+def test_pretraining_loss_and_gradient_are_of_this_batchs_hidden_tokens_alone():
+    """What is visible is copied for nothing. At lr 0 every batch has the same loss and gradient."""
+    for data, scale, loss, gradient in (
+            (torch.zeros(64, 10), 0.0, math.log(4), 1 / 4 - 1),  # four equal guesses, one is right
+            (torch.ones(64, 10), 3.0, 3.1393, 0.8700)):          # log(3 + e^3), e^3 / (3 + e^3)
+        model = Recorder()
+        nn.init.constant_(model.scale, scale)
+        cond = torch.zeros(64).long()
+        returned = cogrpo.pretrain(model, data.long(), cond, steps=5, batch=64, lr=0.0)
+        assert returned == pytest.approx(loss, abs=1e-4)
+        assert float(model.scale.grad) == pytest.approx(gradient, abs=1e-4)
 
 
 def test_pretraining_learns_what_a_condition_means():
@@ -692,6 +692,9 @@ def test_the_advantage_of_a_sample_belongs_to_it():
 
 def test_the_log_is_of_the_rollout():
     log = []
+    for likelihood in ("fill", "exact"):
+        row = trained(iters=1, likelihood=likelihood)[2][0]
+        assert abs(row["approx_kl_model"]) < 1e-9  # scored again as it was scored in the rollout
     trained(iters=2, hook=lambda row, m, p, x, c: log.append((dict(row), likes_zeros(x, c))))
     for i, (row, reward) in enumerate(log):
         assert row["iter"] == i and row["reward"] == pytest.approx(float(reward.mean()), rel=1e-5)

@@ -46,7 +46,6 @@ TRAINED = {  # what an arm changes in the settings
 }
 BY_HAND = {  # power of the cosine, tau_s, tau_r, w: the first is `cogrpo.hand_made`
     "hand-made": (1, 1, 4.5, 1),
-    "tau_s = 1.15": (1, 1.15, 4.5, 1),
     "tau_s = 0.85": (1, 0.85, 4.5, 1),
     "tau_s = 0.7": (1, 0.7, 4.5, 1),
     "tau_s = 0.55": (1, 0.55, 4.5, 1),
@@ -123,7 +122,7 @@ def measure(world, model, schedule, steps, samples, seed):
     """The figures of `samples` samples, the same classes and seed for each arm of a world."""
     torch.manual_seed(seed)
     cond = torch.arange(samples, device=world.codebook.device) % toy.CLASSES
-    batches = tqdm(cond.split(250), f"measuring at T = {steps}", unit="batch")
+    batches = tqdm(cond.split(25), f"measuring at T = {steps}", unit="batch")
     tokens = torch.cat([sample(model, schedule, c, steps) for c in batches])
     return world.measure(tokens, cond)
 

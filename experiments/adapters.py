@@ -14,7 +14,7 @@ the attributes seq_len, mask_id and null_cond (None: no guidance). Its traps:
                      that on inside `forward`, not by `.train()`.
     processes        `train` averages the gradients itself. DDP or FSDP belong inside the adapter,
                      around the backbone, not around the adapter.
-    memory           For text V dominates: a rollout holds 5 to 7 tensors [B, L, V] at its peak, an
+    memory           For text V dominates: a rollout holds 5 to 8 tensors [B, L, V] at its peak, an
                      update 11 to 17. `micro_batch` divides B. At V = 126,464, L = 128 and float32
                      one of them is 65 MB a sample.
     large guidance   The schedule explores by a fixed spread in softplus space, so a w of 9 moves

@@ -1,4 +1,5 @@
 """Anyone's model, reward and conditions through the seams of cogrpo.py, and several processes."""
+import collections
 import copy
 import itertools
 import math
@@ -125,13 +126,38 @@ def test_any_float_type_runs(dtype):
 
 
 def test_rewards_may_come_from_another_device():
-    """A judge on the CPU beside a model on a GPU, seen without one: shapes and devices only."""
+    """float32 at least, and where the conditions are: here the device without memory."""
+    cond = torch.zeros(4, dtype=torch.long, device=DEVICE)
+    reward = torch.tensor([1.0, 1.0, 1.0, 1.0078125], dtype=torch.bfloat16)
+    checked = cogrpo.check_reward(reward, cond)
+    assert checked.device == cond.device and checked.dtype == torch.float32
+    wanted = [-0.49, -0.49, -0.49, 1.46]  # the group's std is 0.0039, and 1e-4 is added to it
+    assert cogrpo.group_advantage(reward, 4).tolist() == pytest.approx(wanted, abs=0.01)
+    with pytest.raises(RuntimeError, match="meta"):  # it was moved, and then cannot be looked at
+        cogrpo.check_reward(reward, cond.to("meta"))
+
+
+@pytest.mark.parametrize("likelihood", ["fill", "exact"])
+def test_all_tensors_are_made_on_the_models_device(likelihood):
+    """Rollout and losses on CUDA as far as that goes without one: shapes and devices only.
+
+    A tensor made on the CPU by mistake cannot meet the model's.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        cond = torch.zeros(6, dtype=torch.long, device="cuda")
-        reward = torch.ones(6, dtype=torch.bfloat16)
-        moved = reward.to(cond.device, torch.float32)
-        assert cogrpo.group_advantage(moved, 3).device.type == "cuda"
+    s = Settings(likelihood=likelihood)
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            model, schedule = MDM(6, 5, 3, dim=16, depth=1, heads=2), Schedule()
+            cond = torch.zeros(6, dtype=torch.long)
+        tokens, trajectory = rollout(model, schedule, cond, 3, likelihood=likelihood)
+        advantage = cogrpo.group_advantage(torch.ones(6).to(cond.device), 3)
+        for t, step in enumerate(trajectory):
+            row = collections.defaultdict(float)
+            l_c, l_u = cogrpo.branches(model, step.canvas, cond)
+            seen = cogrpo.canvas_statistics(l_c.log_softmax(2), step.masked)
+            losses = [cogrpo.model_loss(l_c, l_u, l_c, step, advantage, s, row),
+                      cogrpo.schedule_loss(schedule, seen, t, 3, step, advantage, s, row)]
+            assert {x.device.type for x in (tokens, *losses, *row.values())} == {"cuda"}
 
 
 def test_devices_that_differ_are_named():
