@@ -194,19 +194,19 @@ def differences(figures, arm, other, name):
 def tables(figures):
     """Lines of markdown: means, differences within a world, and what else the claim needs."""
     joint = "joint", T
-    header = "reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity |"
-    lines = [f"| mean ± 95%, {len(figures[joint])} worlds | {header}", "|---" * 7 + "|"]
+    header = "worlds | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity |"
+    lines = [f"| mean ± 95% | {header}", "|---" * 8 + "|"]
     for (arm, steps), worlds in figures.items():
         cells = [in_words([row[name] for row in worlds.values()], decimals)
                  for name, decimals in FIGURES.items()]
-        lines.append(f"| {arm}, T = {steps} | {' | '.join(cells)} |")
-    lines += ["", f"| joint at T = {T} less this, paired | {header}", "|---" * 7 + "|"]
-    for arm in figures:
+        lines.append(f"| {arm}, T = {steps} | {len(worlds)} | {' | '.join(cells)} |")
+    lines += ["", f"| joint at T = {T} less this, paired | {header}", "|---" * 8 + "|"]
+    for arm, worlds in figures.items():
         cells = [in_words(differences(figures, joint, arm, name), decimals, "+")
                  for name, decimals in FIGURES.items()]
         if arm != joint:
-            lines.append(f"| {arm[0]}, T = {arm[1]} | {' | '.join(cells)} |")
-    lines.append("")
+            lines.append(f"| {arm[0]}, T = {arm[1]} | {len(worlds)} | {' | '.join(cells)} |")
+    lines += ["", *over_steps(figures), ""]
     for steps in (T, 32):
         ratios = at_equal_diversity(figures, joint, steps)
         words = in_words(ratios, 2) if ratios else "-"
@@ -222,6 +222,23 @@ def tables(figures):
         lines.append(f"what seeing the canvas adds to the schedule, held_out: "
                      f"{in_words(seeing, 3, '+')}")
     return lines
+
+
+def over_steps(figures):
+    """A table of held-out / diversity at every T, of the worlds in which joint learned at T = 2."""
+    seeds = figures.get(("joint at T = 2", T), {})
+    lines = []
+    for arm in dict.fromkeys(arm for arm, steps in figures if steps == EVERY_T[-1]):
+        worlds = [figures.get((arm, steps), {}) for steps in EVERY_T]
+        if seeds and all(seed in world for world in worlds for seed in seeds):
+            cells = [" / ".join(f"{statistics.fmean(world[seed][name] for seed in seeds):.3f}"
+                                for name in ("held_out", "diversity")) for world in worlds]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    if not lines:
+        return []
+    steps = " | ".join(f"T = {steps}" for steps in EVERY_T)
+    header = f"| held-out / diversity, {len(seeds)} worlds | {steps} |"
+    return [header, "|---" * (1 + len(EVERY_T)) + "|", *lines]
 
 
 def at_equal_diversity(figures, arm, steps):

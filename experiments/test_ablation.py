@@ -9,8 +9,9 @@ import torch
 import cogrpo
 import toy_reward as toy
 from cogrpo import Schedule, Settings, rollout
-from experiments import ablation, benchmark, gradient
-from test_cogrpo import DEVICE, TINY, a_model, a_schedule, conds, small  # noqa: F401, a fixture
+from experiments import ablation, benchmark, gradient, noise
+from test_cogrpo import (DEVICE, TINY, a_model, a_schedule, conds, small,  # noqa: F401, a fixture
+                         weights)
 
 FIGURES = (*ablation.FIGURES, "log_reward", "log_held_out")
 
@@ -52,7 +53,7 @@ def stubs(small, monkeypatch):  # noqa: F811
 
 def test_each_arm_has_its_settings_and_its_start(stubs):
     """The same pretrained model and seed for all arms of a world; what differs is what it says."""
-    trained = [arm for arm in ablation.TRAINED if arm != "joint at T = 8"]
+    trained = [arm for arm in ablation.TRAINED if "T = 8" not in arm and "in turn" not in arm]
     ablation.main(["--data=drawn", "--device=cpu", "--quick", "--seed=7", "--worlds=1", "--arms",
                    *trained])
     assert stubs[0] == ("world", 7, TINY)
@@ -67,6 +68,21 @@ def test_each_arm_has_its_settings_and_its_start(stubs):
         assert settings == cogrpo.replace(base, **wanted[arm]), arm
         assert model is stubs[1][2] and given == list(range(10))
         assert isinstance(schedule, ablation.Blind) == ("blind" in arm)
+
+
+def test_the_arm_at_several_T_takes_them_in_turn(stubs, monkeypatch):
+    steps = []
+    real = ablation.iterate
+
+    def spy(i, model, schedule, reference, optimizer, reward_fn, given, s):
+        steps.append(s.steps)
+        return real(i, model, schedule, reference, optimizer, reward_fn, given, s)
+    monkeypatch.setattr(ablation, "iterate", spy)
+    model, s = a_model(8, num_conds=10, dtype=torch.float32), Settings(iters=4, groups=2)
+    (_, better, _, measured), _ = ablation.run_arm("joint at T = 2, 4, 8 in turn", StubWorld(),
+                                                   model, s, 0.0)
+    assert steps == [2, 4, 8, 2] and not torch.equal(weights(better), weights(model))
+    assert measured == ablation.EVERY_T
 
 
 def test_a_blind_schedule_sees_the_step_and_nothing_else():
@@ -134,11 +150,15 @@ def test_tables_against_numbers():
         figures[arm, 4] = {"0": row(0.30 - less, 0.40), "1": row(0.62 - less, 0.40)}
     figures["tau_s = 0.7", 4] = {"0": row(0.20, 0.30), "1": row(0.20, 0.30)}
     figures["hand-made", 32] = {"0": row(0.2, 0.34), "1": row(0.4, 0.34)}
+    for steps in ablation.EVERY_T:  # of the worlds in which joint learned at T = 2, here the second
+        figures["joint at T = 2", steps] = {"1": row(0.5 + steps / 100, 0.4)}
     text = "\n".join(ablation.tables(figures))
-    assert "| model only, T = 4 | +0.100 ± 0.000 | +0.100" in text
+    assert "| held-out / diversity, 1 worlds | T = 2 | T = 4 " in text
+    assert "| joint at T = 2 | 0.520 / 0.400 | 0.540 / 0.400 | 0.580 / 0.400 " in text
+    assert "| model only, T = 4 | 2 | +0.100 ± 0.000 | +0.100" in text
     assert "halves, held_out: +0.050 ± 0.000" in text
     assert "adds to the schedule, held_out: +0.010 ± 0.000" in text
-    assert "| joint, T = 4 | 0.460 ± 2.034" in text
+    assert "| joint, T = 4 | 2 | 0.460 ± 2.034" in text
     ratios = [0.30 / 0.15, 0.62 / 0.31]  # halfway between tau_s = 1 (0.1 and 0.42) and 0.7 (0.2)
     assert f"at T = 4, at equal diversity: {np.mean(ratios):.2f} ± 0.00, in 2 of 2 worlds" in text
     assert "at T = 32, at equal diversity: -, in 0 of 2" in text  # that sweep ends at 0.34
@@ -156,13 +176,20 @@ def test_the_whole_ablation_on_a_small_world(small, capsys):  # noqa: F811
     """Nothing stubbed: three arms, the tables and the pictures."""
     ablation.main(["--data=drawn", "--device=cpu", "--quick", "--worlds=1", "--arms", "hand-made",
                    "joint", "schedule only, blind"])
-    assert "| joint, T = 4 |" in capsys.readouterr().out
+    assert "| joint, T = 4 | 1 |" in capsys.readouterr().out
     assert {file.name for file in Path("ablation").iterdir()} == {
         "ablation.csv", "ablation.md", "quality.png", "frontier.png"}
+    noise.main(["--data=drawn", "--device=cpu", "--quick", "--runs=2"])
+    text = capsys.readouterr().out
+    one, other = [float(x) for x in re.findall(r"seed \d: reward (\d\.\d+)", text)]
+    table = dict(re.findall(r"\| (\w+) \| (\d+\.\d+) \|", text))
+    assert one != other and float(table["reward"]) == pytest.approx((one + other) / 2, abs=1e-3)
 
 
-def test_the_benchmark_counts_rows_and_prints_ratios():
+def test_the_benchmark_counts_rows_and_prints_ratios(monkeypatch):
     """A forward pass of a row counts one, with its backward three."""
+    job = benchmark.a_job
+    monkeypatch.setattr(benchmark, "a_job", lambda device: job(device, dim=16, depth=1, vocab=16))
     model = a_model()
     rows = benchmark.count_rows(model)
     rollout(model, Schedule().to(DEVICE).double(), conds(5), 3)
