@@ -5,6 +5,8 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +275,24 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(small, capsys, mon
     with pytest.raises(SystemExit) as stopped:
         cogrpo.main(SMALL)
     assert stopped.value.code == 2 and "cannot be written" in capsys.readouterr().err
+
+
+def test_a_file_is_whole_also_after_a_kill(tmp_path):
+    """A process is killed when it has written half of a new file: the old one is there, whole."""
+    (tmp_path / "x").write_text("old")
+    code = """if True:
+        import toy_reward
+        def write_half(part):
+            part.write_text("ne")
+            print("half", flush=True)
+            input()
+        toy_reward.save_whole("x", write_half)"""
+    env = {**os.environ, "PYTHONPATH": str(Path(toy.__file__).parent)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"half\n"
+        process.kill()
+    assert (tmp_path / "x").read_text() == "old"
 
 
 def test_a_download_that_hangs_gives_way_to_drawn_digits(small, monkeypatch):
