@@ -1,11 +1,10 @@
 """Co-GRPO: a masked diffusion model and its inference schedule, optimised together by GRPO.
 
 A masked diffusion model (MDM) is trained in one step: hide some tokens, guess them. It is used in
-T steps: start from a canvas of [MASK] tokens, guess all of them, keep the surest guesses, and
-guess the rest again. How many are kept and how boldly they are drawn is decided by a schedule
-that somebody made by hand, and no training ever saw it. Co-GRPO (arXiv 2512.22288) calls the T
-steps one Markov decision process in which the model and the schedule both act, and trains both
-on the reward of the finished sample:
+T steps: guess all [MASK] tokens, keep the surest guesses, and guess the rest again. How many are
+kept and how boldly they are drawn is decided by a schedule that somebody made by hand. Co-GRPO
+(arXiv 2512.22288) calls the T steps one Markov decision process in which the model and the
+schedule both act, and trains both on the reward of the finished sample:
 
     canvas x_t ----> schedule p_phi ----> action a_t = (r, tau_s, tau_r, w)
      ^     |                                 |
@@ -23,17 +22,17 @@ p_phi(a_t | x_t, c) times p_theta(filled tokens | a_t, x_t, c), and both factors
     c           the condition              B, G    samples in a rollout, and in a group
     x_t         the canvas at step t       L, V    tokens in a sample, and in the vocabulary
     a_t         the schedule's action      T, t    steps, and the step: 0 .. T-1
-    r           re-mask ratio: floor(r L) tokens are still masked after the step
+    r           re-mask ratio: floor(r L) of the L tokens masked at first still are after the step
     tau_s       sampling temperature: tokens are drawn from softmax(logits / tau_s)
     tau_r       re-mask temperature: the noise in the ranking that says which tokens are kept
     w           guidance scale: logits = l_c + w (l_c - l_u)
     l_c, l_u    the model's logits under the condition, and under the null condition
     A-hat       the advantage, not to be confused with the action a_t
 
-The paper's code is not public; this follows its abstract and project page. Ours, marked (ours):
-joint updates as the default (the paper's take turns: --update alternate), the Gaussian's fixed
-spread, what the schedule sees of the canvas, one ratio a token and one for the schedule, the KL
-on l_c, the exact likelihood, and the toy world. The method ends with `train`.
+The paper's code is not public; this follows its abstract and project page. Ours are joint updates
+as the default (the paper's take turns: --update alternate), the Gaussian's fixed spread, what the
+schedule sees of the canvas, a ratio per token and one for the schedule, the KL on l_c, the exact
+likelihood, and the toy world. The method ends with `train`.
 
     python cogrpo.py                                   pretrain, Co-GRPO, measure, draw
     python cogrpo.py --quick                           the same, small
@@ -58,7 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# ------------------------------------------------------------------ settings
+# ------------------------------------------------ settings
 
 def setting(default, help):
     return field(default=default, metadata={"help": help})
@@ -90,13 +89,13 @@ class Settings:
         if self.likelihood not in ("fill", "exact"):
             raise ValueError(f"--likelihood {self.likelihood}: must be fill or exact")
         lowest = {"steps": 1, "iters": 1, "groups": 1, "epochs": 1, "group_size": 2, "spread": 1e-6}
-        for f in fields(self)[2:]:
-            flag, value = "--" + f.name.replace("_", "-"), getattr(self, f.name)
-            if not lowest.get(f.name, 0) <= value < 2 ** 32:  # NaN fails, too
-                raise ValueError(f"{flag} {value}: must be at least {lowest.get(f.name, 0)}")
+        for f in fields(self)[2:]:  # the numbers
+            value, low = getattr(self, f.name), lowest.get(f.name, 0)
+            if not low <= value < 2 ** 32:  # NaN fails, too
+                raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be in {low}..2^32")
 
 
-# ------------------------------------------------------------------ the masked diffusion model
+# ------------------------------------------------ the masked diffusion model
 
 class Block(nn.Module):
     """A pre-norm transformer block without a causal mask: x float [B, L, D] -> [B, L, D]."""
@@ -109,7 +108,7 @@ class Block(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        nn.init.zeros_(self.proj.weight)  # it starts as the identity, and learns faster so
+        nn.init.zeros_(self.proj.weight)  # a block starts as the identity: faster to train
         nn.init.zeros_(self.mlp[2].weight)
 
     def forward(self, x):
@@ -145,12 +144,12 @@ class MDM(nn.Module):
             return self.head(self.norm(self.blocks(x)))
 
 
-def call(model, tokens, cond):
+def logits_of(model, tokens, cond):
     """The model's logits [B, L, V], in float32 at least, with [MASK] banned and -inf made finite.
 
-    Every pass of any model goes through here. ValueError where the devices differ.
+    Every forward pass of every model goes through here. ValueError if the devices differ.
     """
-    device = next(model.parameters(), tokens).device
+    device = next(model.parameters(), tokens).device  # a model may have no parameters
     if not tokens.device == cond.device == device:
         raise ValueError(f"the model is on {device}, its tokens are on {tokens.device}, the "
                          f"conditions on {cond.device}: move them to one device")
@@ -164,13 +163,12 @@ def call(model, tokens, cond):
 def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     """Single-step masked prediction, as in BERT and MaskGIT. Trains `model` in place.
 
-    A share cos(pi U / 2) of the tokens, U uniform, is hidden and guessed. A share `drop` of the
-    conditions becomes the null condition, so that guidance has its l_u.
+    A share cos(pi U / 2) of the tokens, U uniform, is hidden. A share `drop` of the conditions
+    becomes the null condition, for the l_u of guidance.
     tokens int64 [N, L], cond [N, ...]. Returns the mean loss of the last 100 steps.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps,
-                                               cycle_momentum=False)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     device = tokens.device
     losses = []
     for _ in tqdm(range(steps), "pretraining", unit="step"):
@@ -181,9 +179,9 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
             dropped = torch.rand(batch, device=device) < drop
             c[dropped] = null[dropped]
         ratio = torch.cos(torch.rand(batch, 1, device=device) * math.pi / 2)
-        order = torch.rand(target.shape, device=device).argsort(1).argsort(1)
-        masked = order < (ratio * model.seq_len).ceil()  # an exact count, at least one
-        logits = call(model, target.masked_fill(masked, model.mask_id), c)
+        rank = torch.rand(target.shape, device=device).argsort(1).argsort(1)  # a random order
+        masked = rank < (ratio * model.seq_len).ceil()  # an exact count, at least one
+        logits = logits_of(model, target.masked_fill(masked, model.mask_id), c)
         loss = F.cross_entropy(logits[masked], target[masked])
         optimizer.zero_grad()
         loss.backward()
@@ -194,7 +192,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     return float(torch.stack(losses[-100:]).mean())
 
 
-# ------------------------------------------------------------------ the schedule, p_phi
+# ------------------------------------------------ the schedule, p_phi
 
 FLOOR = 1e-6  # sigmoid and softplus never reach 0: a hand-made 0 becomes this
 
@@ -218,7 +216,7 @@ def unconstrain(r, tau_s, tau_r, w):
     action = [math.log(r / (1 - r))]
     for x in (tau_s, tau_r, w):
         x = max(x, FLOOR)
-        action.append(x + math.log(-math.expm1(-x)))  # log(e^x - 1), but e^x could overflow
+        action.append(x + math.log(-math.expm1(-x)))  # log(e^x - 1) without overflow
     return action
 
 
@@ -236,15 +234,15 @@ def canvas_statistics(log_p, masked):
     for x in (confidence, entropy):
         mean = (x * masked).sum(1) / count
         variance = ((x - mean[:, None]).square() * masked).sum(1) / count
-        columns += [mean, (variance + 1e-6).sqrt()]
+        columns += [mean, (variance + 1e-6).sqrt()]  # at 0 the root has no gradient
     return torch.stack(columns, 1)
 
 
 class Schedule(nn.Module):
     """p_phi(a_t | x_t, c) = Normal(hand-made + residual, spread), in the unconstrained space.
 
-    The residual's last layer starts at zero, so a new Schedule is the hand-made one. It sees
-    u = (t + 1) / T and has no table over t: trained at one T, it runs at any.
+    The residual's last layer starts at zero, so a new Schedule is the hand-made one. Its inputs
+    are the statistics and u = (t + 1) / T, so a schedule trained at one T runs at any other.
     hand_made(t, T) returns four floats: r, tau_s, tau_r, w.
     """
 
@@ -259,7 +257,7 @@ class Schedule(nn.Module):
     def prior(self, t, T, like):
         """The hand-made action at step t, unconstrained: [4], dtype and device of `like`."""
         action = unconstrain(*self.hand_made(t, T))
-        return torch.stack([like.new_full((), x) for x in action])  # made there, not copied there
+        return torch.stack([like.new_full((), x) for x in action])  # a copy would wait for a GPU
 
     def forward(self, statistics, t, T):
         """statistics float [B, 5] -> the mean of the action, unconstrained: [B, 4]."""
@@ -274,19 +272,19 @@ class Schedule(nn.Module):
         return (log_p * acts).sum(1)
 
     def kl(self, mean, prior, acts):
-        """KL(p_phi || hand-made) of two Gaussians of one spread, likewise: [B]."""
+        """KL(p_phi || hand-made), over the parameters that act: [B]. Both have the same spread."""
         z = (mean - prior) / self.spread
         return (0.5 * z.square() * acts).sum(1)
 
 
-# ------------------------------------------------------------------ the rollout
+# ------------------------------------------------ the rollout
 
 @dataclass
 class Step:
     """One step of a rollout of B samples: all that scoring it again needs, and no graph."""
     canvas: torch.Tensor     # x_t, int64 [B, L]
     masked: torch.Tensor     # where x_t is [MASK], bool [B, L]
-    acts: torch.Tensor       # which of r, tau_s, tau_r, w act on something, bool [B, 4]
+    acts: torch.Tensor       # which of r, tau_s, tau_r, w have an effect, bool [B, 4]
     mean: torch.Tensor       # of the schedule, unconstrained, [B, 4]
     action: torch.Tensor     # a_t, unconstrained, [B, 4]
     candidate: torch.Tensor  # a token drawn for every position, int64 [B, L]
@@ -297,11 +295,11 @@ class Step:
 
 
 def branches(model, tokens, cond):
-    """l_c and l_u, each [B, L, V], from one pass of 2B rows. l_u is None without guidance."""
+    """l_c and l_u, each [B, L, V], from one pass of 2B rows. Without guidance l_u is None."""
     if model.null_cond is None:
-        return call(model, tokens, cond), None
+        return logits_of(model, tokens, cond), None
     null = torch.zeros_like(cond) + model.null_cond
-    return call(model, tokens.repeat(2, 1), torch.cat([cond, null])).chunk(2)
+    return logits_of(model, tokens.repeat(2, 1), torch.cat([cond, null])).chunk(2)
 
 
 def guided_logits(l_c, l_u, w):
@@ -312,11 +310,12 @@ def guided_logits(l_c, l_u, w):
 
 
 def draw(logits):
-    """A token for every position from softmax(logits [B, L, V]): int64 [B, L]."""
+    """A token for every position from softmax(logits [B, L, V]), by inverting the CDF: [B, L]."""
     cdf = logits.softmax(2).cumsum(2)
-    u = cdf[:, :, -1:] * torch.rand_like(cdf[:, :, :1])  # one random number a position
-    token = torch.searchsorted(cdf, u, right=True)[:, :, 0]
-    return token.clamp(max=logits.shape[2] - 1)
+    total = cdf[:, :, -1:]                       # 1, but for rounding
+    level = total * torch.rand_like(total)       # [B, L, 1]
+    token = torch.searchsorted(cdf, level, right=True)[:, :, 0]
+    return token.clamp(max=logits.shape[2] - 1)  # level may be rounded up to total
 
 
 @torch.no_grad()
@@ -325,7 +324,7 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
 
     tokens: canvases to start from, int64 [B, L] with mask_id where to fill (default: everywhere).
     explore: draw the schedule's action; otherwise take its mean, and keep no log-probs.
-    ValueError for a T outside 1..L.
+    ValueError if T is not in 1..L.
     """
     L, T = model.seq_len, steps
     if not 1 <= T <= L:
@@ -353,17 +352,14 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
 
         # 3. The surest are kept, at least one. The last step keeps all.
         confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
-        gumbel = -torch.empty_like(confidence).exponential_().log()
-        score = confidence + tau_r[:, None] * gumbel
-        score = score.masked_fill(~masked, -math.inf)
-        left = (r * at_start + 1e-3).floor()  # r is rounded, and r L may be an integer
-        if t == T - 1:
-            left = torch.zeros_like(left)
+        gumbel = -torch.empty_like(confidence).exponential_().log()  # -log Exp(1) is Gumbel
+        score = (confidence + tau_r[:, None] * gumbel).masked_fill(~masked, -math.inf)
+        left = (r * at_start + 1e-3).floor() * (t < T - 1)  # a rounded r must not cost a token
         keep = (count - left).clamp(min=1)[:, None]
         rank = score.argsort(1, descending=True).argsort(1)  # 0 is the surest
         filled = (rank < keep) & masked
 
-        # r and tau_r act where there is a choice, w where there is guidance.
+        # What has no effect is not scored: r and tau_r without a choice, as in the last step.
         some = count > 0
         choice = (count > 1) & (t < T - 1)
         acts = torch.stack([choice, some, choice, some & (l_u is not None)], 1)
@@ -382,14 +378,14 @@ def sample(model, schedule, cond, steps, tokens=None):
     return rollout(model, schedule, cond, steps, tokens, explore=False)[0]
 
 
-# ------------------------------------------------------------------ advantage, likelihood, update
+# ------------------------------------------------ advantage, likelihood, update
 
 # A-hat = (R - mean) / (std + 1e-4), of each group of G neighbours
 def group_advantage(reward, group_size):
-    """reward float [B] -> advantage [B]. A group of equal rewards says nothing: exactly 0."""
-    r = reward.to(torch.promote_types(reward.dtype, torch.float32)).view(-1, group_size)
-    advantage = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)
-    equal = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
+    """reward float [B] -> advantage [B]. Equal rewards give exactly 0, not their rounding noise."""
+    R = reward.to(torch.promote_types(reward.dtype, torch.float32)).view(-1, group_size)
+    advantage = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4)
+    equal = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
     return advantage.masked_fill(equal, 0).flatten()
 
 
@@ -410,8 +406,8 @@ def fill_log_prob(logits, step):
 def surrogate(log_p, old, advantage, clip):
     """PPO's clipped objective, elementwise.
 
-    With one update a rollout (--epochs 1) the weights are still those of the rollout: every ratio
-    is exactly 1 and the clip does nothing. It is there for a second update, when they have moved.
+    With one update per rollout (--epochs 1) the weights are still those of the rollout, so every
+    ratio is exactly 1 and the clip does nothing. It is there for a second update.
     """
     ratio = (log_p - old).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -422,17 +418,18 @@ def surrogate(log_p, old, advantage, clip):
 def categorical_kl(log_p, log_q):
     """log_p, log_q [B, L, V] -> KL at every position [B, L].
 
-    The -1 inside and the +1 outside cancel. They make the gradient at p = q an exact zero, where
-    there would be rounding noise that Adam scales up.
+    At p = q the gradient is 0, but as a sum of terms it would be rounding noise, which Adam scales
+    up. With the -1 inside (and the +1 outside) every term is exactly 0.
     """
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + 1
 
 
-# loss_theta = mean over samples of sum_t [ -surrogate / L + kl_model KL(model || pretrained) / L ]
+# loss_theta = mean over samples of sum_t sum_tokens [-surrogate + kl_model KL(p || pretrained)] / L
 def model_loss(l_c, l_u, reference_l_c, step, advantage, s, row):
     """One step's share of loss_theta, summed over the samples. Adds its diagnostics to row.
 
     Each token has a ratio of its own: their product would leave the clip's range at once (ours).
+    Where nothing was filled, the ratio is the constant 1, without a gradient.
     The KL is on l_c, at the masked positions, so it does not see how l_u moves (ours).
     """
     _, _, _, w = constrain(step.action)
@@ -445,7 +442,7 @@ def model_loss(l_c, l_u, reference_l_c, step, advantage, s, row):
     return (s.kl_model * kl - gain.sum()) / L
 
 
-# loss_phi = mean over samples of sum_t [ -surrogate / T + kl_schedule KL(p_phi || hand-made) / T ]
+# loss_phi = mean over samples of sum_t [-surrogate + kl_schedule KL(p_phi || hand-made)] / T
 def schedule_loss(schedule, statistics, t, T, step, advantage, s, row):
     """One step's share of loss_phi, summed over the samples. statistics [B, 5]."""
     mean = schedule(statistics, t, T)
@@ -457,7 +454,7 @@ def schedule_loss(schedule, statistics, t, T, step, advantage, s, row):
 
 
 def add_diagnostics(row, name, log_p, old, kl, clip, n):
-    """Add to row the KL of a step, and how far its ratios have left 1."""
+    """Add to row a step's KL and how far its ratios have left 1, over n: L or T, as in the loss."""
     log_ratio = (log_p - old).detach()
     moved = log_ratio.expm1()  # ratio - 1
     row["kl_" + name] += kl.detach() / n
@@ -465,25 +462,25 @@ def add_diagnostics(row, name, log_p, old, kl, clip, n):
     row["clip_" + name] += (moved.abs() > clip).sum() / n
 
 
-def update(model, schedule, reference, optimizer, parts, s, which="joint"):
+def update(model, schedule, reference, optimizer, micro_batches, s, which="joint"):
     """Score a rollout again, step by step, and take a gradient step: s.epochs times.
 
-    No gradient goes through the generation. Each step is scored alone, and its graph is freed
-    before the next: memory does not grow with T.
-    parts: a list of (trajectory, cond, advantage [B]), the rollout in one or more micro-batches.
+    No gradient goes through the generation. Each step's graph is freed before the next is made,
+    so memory does not grow with T.
+    micro_batches: a list of (trajectory, cond, advantage), the rollout in one part or more.
     which: joint, model or schedule. Returns diagnostics of the last epoch, a dict of tensors.
     """
-    B = sum(len(cond) for _, cond, _ in parts)
+    B = sum(len(cond) for _, cond, _ in micro_batches)
     for _ in range(s.epochs):
         optimizer.zero_grad()
         row = defaultdict(float)
-        for trajectory, cond, advantage in parts:
+        for trajectory, cond, advantage in micro_batches:
+            T = len(trajectory)
             for t, step in enumerate(trajectory):
-                T = len(trajectory)
                 with torch.set_grad_enabled(which != "schedule"):
                     l_c, l_u = branches(model, step.canvas, cond)
                 with torch.no_grad():
-                    reference_l_c = call(reference, step.canvas, cond)
+                    reference_l_c = logits_of(reference, step.canvas, cond)
                 statistics = canvas_statistics(l_c.log_softmax(2), step.masked)  # [B, 5]
 
                 loss_theta = model_loss(l_c, l_u, reference_l_c, step, advantage, s, row)
@@ -495,11 +492,11 @@ def update(model, schedule, reference, optimizer, parts, s, which="joint"):
                 (loss[which] / B).backward()
         for name in row:
             row[name] = row[name] / B
-        for name, group in zip(("model", "schedule"), optimizer.param_groups):
+        for name, factor in zip(("model", "schedule"), optimizer.param_groups):
             if which in ("joint", name):
-                average_gradients(group["params"])
-                row["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], s.grad_norm)
-        optimizer.step()
+                average_gradients(factor["params"])
+                row["grad_" + name] = nn.utils.clip_grad_norm_(factor["params"], s.grad_norm)
+        optimizer.step()  # a factor that does not learn has no gradients and stays
     return row
 
 
@@ -508,25 +505,26 @@ def update(model, schedule, reference, optimizer, parts, s, which="joint"):
 def exact_log_prob(logits, step):
     """log-probability of all that a step decided at each masked position, else 0: [B, L]. (ours)
 
-    Given the threshold c that the ranking came to, the positions are independent. One is kept
-    if its score exceeds c, sets c if it was the last to be kept, and stays masked if its score is
-    below c, whatever its candidate was. Scores are Gumbel variables: P(score < c) = exp(-rate)
-    with rate = exp((log-confidence - c) / tau_r).
+    Given the threshold, the lowest score that was kept, the positions are independent. A position
+    is kept if its score is above the threshold, sets it if it was the last to be kept, and stays
+    masked if its score is below, whatever its candidate was. Scores are Gumbel variables:
+    P(score < threshold) = exp(-rate), rate = exp((log-confidence - threshold) / tau_r).
     """
     _, tau_s, tau_r, _ = constrain(step.action)
-    tau_r = tau_r.clamp(min=1e-3)[:, None, None]
+    tau_r = tau_r.clamp(min=1e-3)[:, None, None]                # colder cannot be scored
     candidate = step.candidate[:, :, None]                      # [B, L, 1]
     log_p = (logits / tau_s[:, None, None]).log_softmax(2)      # [B, L, V]
     log_p_candidate = log_p.gather(2, candidate)[:, :, 0]       # [B, L]
 
-    c, last = step.score.masked_fill(~step.filled, math.inf).min(1, keepdim=True)  # [B, 1]
-    log_rate = (logits.log_softmax(2) - c[:, :, None]) / tau_r  # [B, L, V]
+    threshold, last = step.score.masked_fill(~step.filled, math.inf).min(1, keepdim=True)  # [B, 1]
+    log_rate = (logits.log_softmax(2) - threshold[:, :, None]) / tau_r  # [B, L, V]
     log_rate = log_rate.clamp(-60, 60)                          # so that exp stays finite
     below = (log_p - log_rate.exp()).logsumexp(2)               # [B, L]
     log_rate = log_rate.gather(2, candidate)[:, :, 0]           # [B, L]
     above = (-(-log_rate.exp()).expm1()).log()                  # log(1 - exp(-rate))
-    at = log_rate - log_rate.exp()
-    kept = log_p_candidate + above.scatter(1, last, at.gather(1, last))
+    at = log_rate - log_rate.exp()                              # the density at the threshold
+    above = above.scatter(1, last, at.gather(1, last))          # that of the last one to be kept
+    kept = log_p_candidate + above
 
     factor = torch.where(step.filled, kept, below)
     all_kept = (step.filled == step.masked).all(1, keepdim=True)  # then there is no threshold
@@ -534,7 +532,7 @@ def exact_log_prob(logits, step):
 
 
 def schedule_share(schedule, statistics, t, T, step, advantage, s):
-    """-surrogate / L of p_phi, for theta: what the schedule saw depends on theta, too."""
+    """The schedule's -surrogate as a loss of theta: what the schedule saw depends on theta."""
     frozen = copy.deepcopy(schedule).requires_grad_(False)
     log_p = frozen.log_prob(frozen(statistics, t, T), step.action, step.acts)  # [B]
     gain = surrogate(log_p, step.old_schedule, advantage, s.clip)
@@ -543,7 +541,7 @@ def schedule_share(schedule, statistics, t, T, step, advantage, s):
 
 LOG_PROB = {"fill": fill_log_prob, "exact": exact_log_prob}
 
-# ------------------------------------------------------------------ training
+# ------------------------------------------------ training
 
 def processes():
     """(rank, number of processes): (0, 1) without torchrun."""
@@ -554,33 +552,36 @@ def processes():
 
 def average_gradients(parameters):
     """Each gradient becomes its mean over the processes."""
-    for p in parameters if dist.is_initialized() else ():
-        if p.grad is None:  # no sample of this process needed it
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
-        p.grad /= dist.get_world_size()
+    _, ranks = processes()
+    if ranks > 1:
+        for p in parameters:
+            if p.grad is None:  # no sample of this process needed it
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
+            p.grad /= ranks
 
 
 def prepare(model, s, schedule=None):
     """What the iterations start from: (model to train, schedule, reference, optimizer).
 
     The given model is put in eval mode and becomes the KL's reference. The one to train is a copy
-    that shares its frozen parameters (requires_grad False). schedule: one to start from, with a
-    spread of its own. Under torchrun all processes take the weights and buffers of rank 0.
+    that shares its frozen parameters. schedule: one to start from, which keeps its own spread.
+    Under torchrun all processes take the weights and buffers of rank 0.
     """
     _, ranks = processes()
     if s.groups % ranks:
         raise ValueError(f"--groups {s.groups}: must be a multiple of {ranks}, the processes")
     torch.manual_seed(s.seed)
     schedule = copy.deepcopy(schedule) if schedule else Schedule(s.spread)
-    for p in list(model.parameters())[:1]:  # a model may have none
-        schedule.to(p.device, torch.promote_types(p.dtype, torch.float32))
-    for module in (model, schedule) if ranks > 1 else ():
-        for x in (*module.parameters(), *module.buffers()):
+    parameters = list(model.parameters())  # of which there may be none
+    if parameters:
+        schedule.to(parameters[0].device, torch.promote_types(parameters[0].dtype, torch.float32))
+    if ranks > 1:
+        for x in (*parameters, *model.buffers(), *schedule.parameters(), *schedule.buffers()):
             dist.broadcast(x.data, 0)
     reference = model.eval()
-    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
-    model = copy.deepcopy(model, frozen)
+    frozen = {id(p): p for p in parameters if not p.requires_grad}
+    model = copy.deepcopy(model, frozen)  # what is in the memo is shared, not copied
     theta = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam([{"params": theta}, {"params": list(schedule.parameters())}])
     return model, schedule, reference, optimizer
@@ -589,11 +590,11 @@ def prepare(model, s, schedule=None):
 def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
     """Iteration i of Co-GRPO: (a row of the log, tokens int64 [B, L], cond [B, ...]).
 
-    Its random numbers depend on s.seed, i and the process alone.
+    Its random numbers depend on s.seed, s.iters, i, the process and their number alone.
     """
     rank, ranks = processes()
     torch.manual_seed((s.seed * s.iters + i) * ranks + rank)
-    fade = 1 - i / s.iters  # down to zero, so that the result keeps no step's noise
+    fade = 1 - i / s.iters  # down to zero, so that the noise of the last steps counts little
     optimizer.param_groups[0]["lr"] = fade * s.lr
     optimizer.param_groups[1]["lr"] = fade * s.schedule_lr
     which, turn = s.update, i
@@ -609,8 +610,8 @@ def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
 
     reward = check_reward(reward_fn(tokens, cond), cond)
     advantage = group_advantage(reward, s.group_size).split(len(micro[0]))
-    parts = [(rollouts[k][1], micro[k], advantage[k]) for k in range(len(micro))]
-    row = update(model, schedule, reference, optimizer, parts, s, which)
+    batches = [(rollouts[k][1], micro[k], advantage[k]) for k in range(len(micro))]
+    row = update(model, schedule, reference, optimizer, batches, s, which)
 
     groups = reward.view(-1, s.group_size)
     row["reward"] = reward.mean()
@@ -619,7 +620,7 @@ def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
     values = torch.stack([x.to(reward) for x in row.values()])
     if ranks > 1:
         dist.all_reduce(values)
-    row = dict(zip(row, (values / ranks).tolist()))  # waits for a GPU, as the reward's check does
+    row = dict(zip(row, (values / ranks).tolist()))  # a wait for a GPU, as in check_reward
     if not all(map(math.isfinite, row.values())):
         raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: NaN or infinity in "
                          f"iteration {i}; lower them, and keep what learns in float32")
@@ -637,12 +638,11 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     on_iteration(row, model, schedule, tokens, cond): called after each; may add to the log's row.
     schedule: see `prepare`. Returns (model, schedule, log), log a list of dicts of floats.
     """
-    model, schedule, reference, optimizer = prepare(model, settings, schedule)
+    state = model, schedule, _, _ = prepare(model, settings, schedule)
     log = []
     bar = tqdm(range(settings.iters), "Co-GRPO", unit="iter", disable=processes()[0] > 0)
     for i in bar:
-        row, tokens, cond = iterate(i, model, schedule, reference, optimizer, reward_fn, conds,
-                                    settings)
+        row, tokens, cond = iterate(i, *state, reward_fn, conds, settings)
         log.append(row)
         if on_iteration:
             on_iteration(row, model, schedule, tokens, cond)
@@ -662,10 +662,10 @@ def check_reward(reward, cond):
     return reward
 
 
-# ------------------------------------------------------------------ main: toy digits
+# ------------------------------------------------ main: toy digits
 
 def parse(argv):
-    """The command line -> (arguments, the Settings that were given as a dict)."""
+    """The command line -> (arguments, a dict of the fields of Settings that it gives)."""
     parser = argparse.ArgumentParser(description="Co-GRPO on toy digits", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"cogrpo.py: error: {message}; see --help\n")
     parser.add_argument("--data", help="folder with MNIST, or `drawn`: digits drawn by Pillow")
@@ -681,8 +681,8 @@ def parse(argv):
     names = [f.name for f in fields(Settings) if getattr(args, f.name) is not None]
     given = {name: getattr(args, name) for name in names}
     for name, value in vars(args).items():
-        idle = name not in ("load", "steps", "seed", "out", "device")
-        if args.load and idle and value != parser.get_default(name):
+        ignored = name not in ("load", "steps", "seed", "out", "device")
+        if args.load and ignored and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --load: leave it out")
     return args, given
 
@@ -693,13 +693,13 @@ def pick_device(name):
     if torch.backends.mps.is_available() and name in ("auto", "mps"):
         return torch.device("mps")
     if name not in ("auto", "cpu"):
-        raise ValueError(f"--device {name}: there is none here; leave it out to use what there is")
+        raise ValueError(f"--device {name}: no such device here; leave it out to use what there is")
     return torch.device("cpu")
 
 
 def build_world(toy, args, size, seed, device):
-    """The toy world and its pretrained MDM, from the cache or made anew."""
-    code = [inspect.getsource(x) for x in (Block, MDM, call, pretrain, toy)]
+    """The toy world (codebook and judges) and its pretrained MDM, from the cache or made anew."""
+    code = [inspect.getsource(x) for x in (Block, MDM, logits_of, pretrain, toy)]
     train_set, test_set, source, data_key = toy.load_digits(args.data, size, seed)
     print(source)
     torch.manual_seed(seed)
@@ -723,7 +723,7 @@ def build_world(toy, args, size, seed, device):
 
 
 def train_toy(toy, args, settings, size, out, device):
-    """The main job: a world, Co-GRPO on it, and out/cogrpo.pt, log.csv and curves.png."""
+    """A world, Co-GRPO on it, and what it leaves: out/cogrpo.pt, log.csv and curves.png."""
     rank, ranks = processes()
     for turn in range(ranks):  # rank 0 makes the world, the others find it in the cache
         if turn == rank:
@@ -781,7 +781,7 @@ def report(toy, out, checkpoint, T, seed, device):
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
-    parameters = []
+    parameters = []  # of the last of the three, Co-GRPO
     for j, name in enumerate(("re-mask ratio r", "sampling temperature tau_s",
                               "re-mask temperature tau_r", "guidance scale w")):
         acting = [t for t, step in enumerate(trajectory) if step.acts[:, j].any()]

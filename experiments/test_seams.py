@@ -166,7 +166,7 @@ def test_devices_that_differ_are_named():
         sample(a_model(), a_schedule(), cond, 2)
     with pytest.raises(ValueError, match="its tokens are on meta"):
         tokens = torch.zeros(9, 6, dtype=torch.long, device="meta")
-        cogrpo.call(a_model(), tokens, conds(9))
+        cogrpo.logits_of(a_model(), tokens, conds(9))
 
 
 @pytest.mark.parametrize("guided", [True, False])
