@@ -551,9 +551,9 @@ def draw_curves(path, log):
     reach, panels = max(1, len(log) // 10), []
     for name, title in (("reward", "mean reward of the rollouts, log p(c | image)"),
                         ("held_out", "the held-out judge's p(c | image)"),
-                        ("kl_model", "KL(model || pretrained), nats"),
-                        ("kl_schedule", "KL(schedule || hand-made), nats a step")):
+                        ("kl_model", "KL(model || pretrained), nats per token"),
+                        ("kl_schedule", "KL(schedule || hand-made), nats per step")):
         y = [row[name] for row in log]
         mean = [float(np.mean(y[max(0, i - reach):i + reach + 1])) for i in x]
         panels.append(panel(title, "iteration", [(x, y, PALE, 1), (x, mean, BLUE, 3)]))
-    draw_panels(path, panels, [("each iteration", PALE), ("running mean", BLUE)])
+    draw_panels(path, panels, [("each iteration", PALE), ("smoothed", BLUE)])
