@@ -95,8 +95,9 @@ def test_frozen_parameters_stay_and_are_shared():
     """A frozen backbone is in memory once, also in the copy that is trained (LoRA)."""
     model = a_model()
     model.token.requires_grad_(False)
+    before = model.token.weight.clone()
     better, _, _ = trained(model)
-    assert better.token.weight is model.token.weight
+    assert better.token.weight is model.token.weight and torch.equal(before, model.token.weight)
     assert not torch.equal(better.position, model.position)
     assert better.position is not model.position
 
