@@ -22,7 +22,7 @@ p_phi(a_t | x_t, c) times p_theta(filled tokens | a_t, x_t, c), and both factors
     c           the condition              B, G    samples in a rollout, and in a group
     x_t         the canvas at step t       L, V    tokens in a sample, and in the vocabulary
     a_t         the schedule's action      T, t    steps, and the step: 0 .. T-1
-    r           re-mask ratio: floor(r L) of the L tokens masked at first still are after the step
+    r           re-mask ratio: after the step, floor(r L) of the L tokens are still masked
     tau_s       sampling temperature: tokens are drawn from softmax(logits / tau_s)
     tau_r       re-mask temperature: the noise in the ranking that says which tokens are kept
     w           guidance scale: logits = l_c + w (l_c - l_u)
@@ -57,7 +57,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# ------------------------------------------------ settings
+# -------------------------------- settings
 
 def setting(default, help):
     return field(default=default, metadata={"help": help})
@@ -75,12 +75,12 @@ class Settings:
     epochs: int = setting(1, "updates on each rollout")
     lr: float = setting(2e-3, "learning rate of the model, falling to 0")
     schedule_lr: float = setting(2e-2, "learning rate of the schedule, falling to 0")
-    clip: float = setting(0.2, "PPO: a ratio outside [1 - clip, 1 + clip] gains nothing")
+    clip: float = setting(0.2, "PPO: to move a ratio beyond 1 - clip or 1 + clip gains no more")
     kl_model: float = setting(4.0, "weight of KL(model || pretrained)")
     kl_schedule: float = setting(0.05, "weight of KL(schedule || hand-made)")
     grad_norm: float = setting(1.0, "the gradient of each factor is clipped to this norm")
     spread: float = setting(0.3, "standard deviation of the schedule's exploration")
-    micro_batch: int = setting(0, "samples in memory at a time (0: the whole rollout)")
+    micro_batch: int = setting(0, "samples in one pass, to save memory (0: the whole rollout)")
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ class Settings:
                 raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be in {low}..2^32")
 
 
-# ------------------------------------------------ the masked diffusion model
+# -------------------------------- the masked diffusion model
 
 class Block(nn.Module):
     """A pre-norm transformer block without a causal mask: x float [B, L, D] -> [B, L, D]."""
@@ -192,7 +192,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     return float(torch.stack(losses[-100:]).mean())
 
 
-# ------------------------------------------------ the schedule, p_phi
+# -------------------------------- the schedule, p_phi
 
 FLOOR = 1e-6  # sigmoid and softplus never reach 0: a hand-made 0 becomes this
 
@@ -234,7 +234,7 @@ def canvas_statistics(log_p, masked):
     for x in (confidence, entropy):
         mean = (x * masked).sum(1) / count
         variance = ((x - mean[:, None]).square() * masked).sum(1) / count
-        columns += [mean, (variance + 1e-6).sqrt()]  # at 0 the root has no gradient
+        columns += [mean, (variance + 1e-6).sqrt()]  # the root's gradient is infinite at 0
     return torch.stack(columns, 1)
 
 
@@ -257,7 +257,7 @@ class Schedule(nn.Module):
     def prior(self, t, T, like):
         """The hand-made action at step t, unconstrained: [4], dtype and device of `like`."""
         action = unconstrain(*self.hand_made(t, T))
-        return torch.stack([like.new_full((), x) for x in action])  # a copy would wait for a GPU
+        return torch.stack([like.new_full((), x) for x in action])  # torch.tensor waits for a GPU
 
     def forward(self, statistics, t, T):
         """statistics float [B, 5] -> the mean of the action, unconstrained: [B, 4]."""
@@ -277,7 +277,7 @@ class Schedule(nn.Module):
         return (0.5 * z.square() * acts).sum(1)
 
 
-# ------------------------------------------------ the rollout
+# -------------------------------- the rollout
 
 @dataclass
 class Step:
@@ -311,11 +311,12 @@ def guided_logits(l_c, l_u, w):
 
 def draw(logits):
     """A token for every position from softmax(logits [B, L, V]), by inverting the CDF: [B, L]."""
-    cdf = logits.softmax(2).cumsum(2)
-    total = cdf[:, :, -1:]                       # 1, but for rounding
-    level = total * torch.rand_like(total)       # [B, L, 1]
-    token = torch.searchsorted(cdf, level, right=True)[:, :, 0]
-    return token.clamp(max=logits.shape[2] - 1)  # level may be rounded up to total
+    probs = logits.softmax(2)
+    cdf = probs.cumsum(2)
+    level = cdf[:, :, -1:] * torch.rand_like(cdf[:, :, -1:])  # [B, L, 1]
+    token = torch.searchsorted(cdf, level, right=True).clamp(max=logits.shape[2] - 1)
+    possible = probs.gather(2, token) > 0  # a GPU's cumsum may rise a little at a banned token
+    return torch.where(possible, token, logits.argmax(2, keepdim=True))[:, :, 0]
 
 
 @torch.no_grad()
@@ -354,19 +355,19 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
         gumbel = -torch.empty_like(confidence).exponential_().log()  # -log Exp(1) is Gumbel
         score = (confidence + tau_r[:, None] * gumbel).masked_fill(~masked, -math.inf)
-        left = (r * at_start + 1e-3).floor() * (t < T - 1)  # a rounded r must not cost a token
+        left = (r * at_start + 1e-3).floor() * (t < T - 1)  # a computed 2.9999 is 3
         keep = (count - left).clamp(min=1)[:, None]
         rank = score.argsort(1, descending=True).argsort(1)  # 0 is the surest
         filled = (rank < keep) & masked
 
-        # What has no effect is not scored: r and tau_r without a choice, as in the last step.
+        # Only what has an effect is scored: not r and tau_r where all is kept, as in the last step.
         some = count > 0
         choice = (count > 1) & (t < T - 1)
         acts = torch.stack([choice, some, choice, some & (l_u is not None)], 1)
 
         step = Step(canvas, masked, acts, mean, action, candidate, score, filled)
         if explore:
-            step.old_model = LOG_PROB[likelihood](logits, step)
+            step.old_model = LOG_PROB[likelihood](logits, step)  # fill_log_prob, below
             step.old_schedule = schedule.log_prob(mean, action, acts)
         trajectory.append(step)
         canvas = torch.where(filled, candidate, canvas)
@@ -378,7 +379,7 @@ def sample(model, schedule, cond, steps, tokens=None):
     return rollout(model, schedule, cond, steps, tokens, explore=False)[0]
 
 
-# ------------------------------------------------ advantage, likelihood, update
+# -------------------------------- advantage, likelihood, update
 
 # A-hat = (R - mean) / (std + 1e-4), of each group of G neighbours
 def group_advantage(reward, group_size):
@@ -418,8 +419,8 @@ def surrogate(log_p, old, advantage, clip):
 def categorical_kl(log_p, log_q):
     """log_p, log_q [B, L, V] -> KL at every position [B, L].
 
-    At p = q the gradient is 0, but as a sum of terms it would be rounding noise, which Adam scales
-    up. With the -1 inside (and the +1 outside) every term is exactly 0.
+    Without the -1, the gradient in log_p would be p more. That cancels in the softmax but for
+    rounding noise, and where p = q Adam would scale the noise up. The +1 restores the value.
     """
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + 1
 
@@ -466,7 +467,7 @@ def update(model, schedule, reference, optimizer, micro_batches, s, which="joint
     """Score a rollout again, step by step, and take a gradient step: s.epochs times.
 
     No gradient goes through the generation. Each step's graph is freed before the next is made,
-    so memory does not grow with T.
+    so activations do not grow with T.
     micro_batches: a list of (trajectory, cond, advantage), the rollout in one part or more.
     which: joint, model or schedule. Returns diagnostics of the last epoch, a dict of tensors.
     """
@@ -490,8 +491,7 @@ def update(model, schedule, reference, optimizer, micro_batches, s, which="joint
                 loss_phi = schedule_loss(schedule, seen, t, T, step, advantage, s, row)
                 loss = {"joint": loss_theta + loss_phi, "model": loss_theta, "schedule": loss_phi}
                 (loss[which] / B).backward()
-        for name in row:
-            row[name] = row[name] / B
+        row = {name: value / B for name, value in row.items()}
         for name, factor in zip(("model", "schedule"), optimizer.param_groups):
             if which in ("joint", name):
                 average_gradients(factor["params"])
@@ -500,48 +500,48 @@ def update(model, schedule, reference, optimizer, micro_batches, s, which="joint
     return row
 
 
-# --------------------------- the exact likelihood: beyond the paper, skip it at the first reading
+# ---------------- the exact likelihood: beyond the paper, skip it at the first reading
 
 def exact_log_prob(logits, step):
     """log-probability of all that a step decided at each masked position, else 0: [B, L]. (ours)
 
-    Given the threshold, the lowest score that was kept, the positions are independent. A position
-    is kept if its score is above the threshold, sets it if it was the last to be kept, and stays
-    masked if its score is below, whatever its candidate was. Scores are Gumbel variables:
+    The threshold is the lowest score that was kept. Given it, the positions are independent, and
+    each has one of three factors: the one at the threshold, p(candidate) times the density of its
+    score there; another kept one, p(candidate) P(score > threshold); one that stays masked,
+    P(score < threshold), averaged over its possible candidates. Scores are Gumbel variables:
     P(score < threshold) = exp(-rate), rate = exp((log-confidence - threshold) / tau_r).
     """
     _, tau_s, tau_r, _ = constrain(step.action)
-    tau_r = tau_r.clamp(min=1e-3)[:, None, None]                # colder cannot be scored
-    candidate = step.candidate[:, :, None]                      # [B, L, 1]
-    log_p = (logits / tau_s[:, None, None]).log_softmax(2)      # [B, L, V]
-    log_p_candidate = log_p.gather(2, candidate)[:, :, 0]       # [B, L]
+    tau_r = tau_r.clamp(min=1e-3)[:, None, None]  # colder cannot be scored
+    candidate = step.candidate[:, :, None]  # [B, L, 1]
+    log_p = (logits / tau_s[:, None, None]).log_softmax(2)  # [B, L, V]
+    log_p_candidate = log_p.gather(2, candidate)[:, :, 0]  # [B, L]
 
     threshold, last = step.score.masked_fill(~step.filled, math.inf).min(1, keepdim=True)  # [B, 1]
     log_rate = (logits.log_softmax(2) - threshold[:, :, None]) / tau_r  # [B, L, V]
-    log_rate = log_rate.clamp(-60, 60)                          # so that exp stays finite
-    below = (log_p - log_rate.exp()).logsumexp(2)               # [B, L]
-    log_rate = log_rate.gather(2, candidate)[:, :, 0]           # [B, L]
-    above = (-(-log_rate.exp()).expm1()).log()                  # log(1 - exp(-rate))
-    at = log_rate - log_rate.exp()                              # the density at the threshold
-    above = above.scatter(1, last, at.gather(1, last))          # that of the last one to be kept
-    kept = log_p_candidate + above
+    log_rate = log_rate.clamp(-60, 60)  # so that exp stays finite
+    below = (log_p - log_rate.exp()).logsumexp(2)  # over candidates: [B, L]
+    log_rate = log_rate.gather(2, candidate)[:, :, 0]  # [B, L]
+    above = (-(-log_rate.exp()).expm1()).log()  # log(1 - exp(-rate))
+    at = log_rate - log_rate.exp()  # log density, up to -log tau_r
+    above = above.scatter(1, last, at.gather(1, last))  # of the one at the threshold
 
-    factor = torch.where(step.filled, kept, below)
+    factor = torch.where(step.filled, log_p_candidate + above, below)
     all_kept = (step.filled == step.masked).all(1, keepdim=True)  # then there is no threshold
     return torch.where(all_kept, log_p_candidate, factor) * step.masked
 
 
 def schedule_share(schedule, statistics, t, T, step, advantage, s):
     """The schedule's -surrogate as a loss of theta: what the schedule saw depends on theta."""
-    frozen = copy.deepcopy(schedule).requires_grad_(False)
+    frozen = copy.deepcopy(schedule).requires_grad_(False)  # phi does not learn from this
     log_p = frozen.log_prob(frozen(statistics, t, T), step.action, step.acts)  # [B]
     gain = surrogate(log_p, step.old_schedule, advantage, s.clip)
-    return -gain.sum() / step.canvas.shape[1]
+    return -gain.sum() / step.canvas.shape[1]  # / L, as all of loss_theta
 
 
 LOG_PROB = {"fill": fill_log_prob, "exact": exact_log_prob}
 
-# ------------------------------------------------ training
+# -------------------------------- training
 
 def processes():
     """(rank, number of processes): (0, 1) without torchrun."""
@@ -559,6 +559,18 @@ def average_gradients(parameters):
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
             p.grad /= ranks
+
+
+def check_reward(reward, cond):
+    """The reward as float [B], in float32 at least, on the device of cond. ValueError if wrong."""
+    is_float = torch.is_tensor(reward) and reward.is_floating_point()
+    if not is_float or reward.shape != (len(cond),):
+        got = f"{reward.dtype} {list(reward.shape)}" if torch.is_tensor(reward) else type(reward)
+        raise ValueError(f"reward_fn returned {got}: it must be float [{len(cond)}], one a sample")
+    reward = reward.detach().to(cond.device, torch.promote_types(reward.dtype, torch.float32))
+    if not reward.isfinite().all():
+        raise ValueError("reward_fn returned NaN or infinity: every reward must be finite")
+    return reward
 
 
 def prepare(model, s, schedule=None):
@@ -590,11 +602,11 @@ def prepare(model, s, schedule=None):
 def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
     """Iteration i of Co-GRPO: (a row of the log, tokens int64 [B, L], cond [B, ...]).
 
-    Its random numbers depend on s.seed, s.iters, i, the process and their number alone.
+    Its random numbers depend on s, i, the rank and the number of processes alone.
     """
     rank, ranks = processes()
     torch.manual_seed((s.seed * s.iters + i) * ranks + rank)
-    fade = 1 - i / s.iters  # down to zero, so that the noise of the last steps counts little
+    fade = 1 - i / s.iters  # down to zero, so that the noise of the last updates counts little
     optimizer.param_groups[0]["lr"] = fade * s.lr
     optimizer.param_groups[1]["lr"] = fade * s.schedule_lr
     which, turn = s.update, i
@@ -620,7 +632,7 @@ def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
     values = torch.stack([x.to(reward) for x in row.values()])
     if ranks > 1:
         dist.all_reduce(values)
-    row = dict(zip(row, (values / ranks).tolist()))  # a wait for a GPU, as in check_reward
+    row = dict(zip(row, (values / ranks).tolist()))  # waits for a GPU
     if not all(map(math.isfinite, row.values())):
         raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: NaN or infinity in "
                          f"iteration {i}; lower them, and keep what learns in float32")
@@ -650,19 +662,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return model, schedule, log
 
 
-def check_reward(reward, cond):
-    """The reward as float [B], in float32 at least, on the device of cond. ValueError if wrong."""
-    is_float = torch.is_tensor(reward) and reward.is_floating_point()
-    if not is_float or reward.shape != (len(cond),):
-        got = f"{reward.dtype} {list(reward.shape)}" if torch.is_tensor(reward) else type(reward)
-        raise ValueError(f"reward_fn returned {got}: it must be float [{len(cond)}], one a sample")
-    reward = reward.detach().to(cond.device, torch.promote_types(reward.dtype, torch.float32))
-    if not reward.isfinite().all():
-        raise ValueError("reward_fn returned NaN or infinity: every reward must be finite")
-    return reward
-
-
-# ------------------------------------------------ main: toy digits
+# -------------------------------- main: toy digits
 
 def parse(argv):
     """The command line -> (arguments, a dict of the fields of Settings that it gives)."""
@@ -681,8 +681,8 @@ def parse(argv):
     names = [f.name for f in fields(Settings) if getattr(args, f.name) is not None]
     given = {name: getattr(args, name) for name in names}
     for name, value in vars(args).items():
-        ignored = name not in ("load", "steps", "seed", "out", "device")
-        if args.load and ignored and value != parser.get_default(name):
+        has_effect = name in ("load", "steps", "seed", "out", "device")
+        if args.load and not has_effect and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --load: leave it out")
     return args, given
 
@@ -781,7 +781,7 @@ def report(toy, out, checkpoint, T, seed, device):
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
-    parameters = []  # of the last of the three, Co-GRPO
+    parameters = []  # of `trajectory`, which is Co-GRPO's, the last of the loop
     for j, name in enumerate(("re-mask ratio r", "sampling temperature tau_s",
                               "re-mask temperature tau_r", "guidance scale w")):
         acting = [t for t, step in enumerate(trajectory) if step.acts[:, j].any()]
@@ -810,7 +810,7 @@ def run(argv):
     if T > toy.SEQ_LEN:
         raise ValueError(f"--steps {T}: must be in 1..{toy.SEQ_LEN}, the number of tokens")
     out = Path(args.out or (Path(args.load).parent / f"T{T}" if args.load else "out"))
-    for name, folder in (("--out", out), ("--cache", out if args.load else Path(args.cache))):
+    for name, folder in (("--out", out), ("--cache", Path(out if args.load else args.cache))):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

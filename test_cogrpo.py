@@ -615,14 +615,6 @@ def test_training_starts_at_what_it_is_given_and_leaves_it_alone():
     assert torch.equal(weights(idle[0]), before[0]) and torch.equal(weights(idle[1]), before[1])
 
 
-def test_no_dropout_in_training():
-    """Eval mode: with dropout the ratios would not be 1 at the first update."""
-    model = a_model()
-    model.norm = nn.Sequential(model.norm, nn.Dropout(0.5))
-    better, _, log = trained(model.train(), iters=1)
-    assert not better.training and not model.training and abs(log[0]["approx_kl_model"]) < 1e-9
-
-
 def test_gradients_do_not_add_up_over_iterations():
     """An iteration's gradient is of its own rollout, and one update uses it up.
 

@@ -91,6 +91,14 @@ def test_guidance_is_zero_on_a_null_condition():
     assert cogrpo.guided_logits(l_c, None, None) is l_c
 
 
+def test_no_dropout_in_training():
+    """Eval mode: with dropout the ratios would not be 1 at the first update."""
+    model = a_model()
+    model.norm = nn.Sequential(model.norm, nn.Dropout(0.5))
+    better, _, log = trained(model.train(), iters=1)
+    assert not better.training and not model.training and abs(log[0]["approx_kl_model"]) < 1e-9
+
+
 def test_frozen_parameters_stay_and_are_shared():
     """A frozen backbone is in memory once, also in the copy that is trained (LoRA)."""
     model = a_model()
@@ -233,6 +241,15 @@ def test_extreme_schedules_and_settings_stay_finite(seed):
 
 
 # ------------------------------------------------------------------ devices
+
+def test_a_token_of_probability_0_is_never_drawn_also_where_sums_are_rounded(monkeypatch):
+    """A GPU sums in blocks, and its cumsum may rise where nothing was added: here by a lot."""
+    real = torch.Tensor.cumsum
+    leak = torch.tensor([0, 0.0, 0.3, 0.3], device=DEVICE)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: real(x, dim) + leak)
+    logits = torch.tensor([0.0, 1.0, -1e30, 0.0], device=DEVICE).expand(400, 2, 4)
+    assert set(cogrpo.draw(logits).flatten().tolist()) == {0, 1, 3}
+
 
 class Waits(TorchDispatchMode):
     """Collects the operations that make the host wait for a GPU, whatever the device is."""
