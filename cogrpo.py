@@ -675,11 +675,10 @@ def parse(argv):
     parser.add_argument("--quick", action="store_true", help="the whole pipeline, but small")
     parser.add_argument("--load", help="a cogrpo.pt: measure and draw it, at --steps")
     for f in fields(Settings):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type,
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
-    names = [f.name for f in fields(Settings) if getattr(args, f.name) is not None]
-    given = {name: getattr(args, name) for name in names}
+    given = {f.name: getattr(args, f.name) for f in fields(Settings) if f.name in args}
     for name, value in vars(args).items():
         has_effect = name in ("load", "steps", "seed", "out", "device")
         if args.load and not has_effect and value != parser.get_default(name):
@@ -688,13 +687,11 @@ def parse(argv):
 
 
 def pick_device(name):
-    if torch.cuda.is_available() and name in ("auto", "cuda"):
-        return torch.device("cuda")
-    if torch.backends.mps.is_available() and name in ("auto", "mps"):
-        return torch.device("mps")
-    if name not in ("auto", "cpu"):
-        raise ValueError(f"--device {name}: no such device here; leave it out to use what there is")
-    return torch.device("cpu")
+    available = torch.cuda.is_available(), torch.backends.mps.is_available(), True
+    for kind, there in zip(("cuda", "mps", "cpu"), available):
+        if there and name in ("auto", kind):
+            return torch.device(kind)
+    raise ValueError(f"--device {name}: no such device here; leave it out to use what there is")
 
 
 def build_world(toy, args, size, seed, device):
@@ -809,8 +806,11 @@ def run(argv):
     T = settings.steps
     if T > toy.SEQ_LEN:
         raise ValueError(f"--steps {T}: must be in 1..{toy.SEQ_LEN}, the number of tokens")
-    out = Path(args.out or (Path(args.load).parent / f"T{T}" if args.load else "out"))
-    for name, folder in (("--out", out), ("--cache", Path(out if args.load else args.cache))):
+    folders = {"--out": Path(args.out or "out"), "--cache": Path(args.cache)}
+    if args.load:
+        folders = {"--out": Path(args.out or Path(args.load).parent / f"T{T}")}
+    out = folders["--out"]
+    for name, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
