@@ -136,10 +136,15 @@ def test_frechet_distances_see_what_their_names_say(world):
     """Zero for the real digits, small for a half of them; noise is far off in both."""
     real = world.measure(world.test_tokens, world.test_labels)
     halves = world.measure_real()
-    noise = world.measure(torch.randint_like(world.test_tokens, 48), world.test_labels)
+    random = torch.randint_like(world.test_tokens, 48)
+    noise = world.measure(random, world.test_labels)
     for name in ("frechet", "pixel_frechet"):
         assert abs(real[name]) < 1e-3 < halves[name] < 0.2 * noise[name]
-    pixels = toy.decode(world.test_tokens, world.codebook).flatten(1)
+    made, kept = [toy.decode(x, world.codebook) for x in (random, world.test_tokens)]
+    with torch.no_grad():
+        seen = [world.held_out_judge.features(images) for images in (made, kept)]
+    assert noise["frechet"] == pytest.approx(toy.frechet(*seen), rel=1e-4)
+    pixels = kept.flatten(1)
     centred = pixels - pixels.mean(0)
     assert (centred @ world.components).square().sum() > 0.7 * centred.square().sum()
 
