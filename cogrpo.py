@@ -27,7 +27,7 @@ p_phi(a_t | x_t, c) times p_theta(filled tokens | a_t, x_t, c), and both factors
     tau_r       re-mask temperature: the noise in the ranking that says which tokens are kept
     w           guidance scale: logits = l_c + w (l_c - l_u)
     l_c, l_u    the model's logits under the condition, and under the null condition
-    A-hat       the advantage, not to be confused with the action a_t
+    A-hat       the advantage              s, row  Settings, and a row of the log
 
 The paper's code is not public; this follows its abstract and project page. Ours are joint updates
 as the default (the paper's take turns: --update alternate), the Gaussian's fixed spread, what the
@@ -75,7 +75,7 @@ class Settings:
     epochs: int = setting(1, "updates on each rollout")
     lr: float = setting(2e-3, "learning rate of the model, falling to 0")
     schedule_lr: float = setting(2e-2, "learning rate of the schedule, falling to 0")
-    clip: float = setting(0.2, "PPO: to move a ratio beyond 1 - clip or 1 + clip gains no more")
+    clip: float = setting(0.2, "PPO: no gain from moving a ratio out of 1 - clip .. 1 + clip")
     kl_model: float = setting(4.0, "weight of KL(model || pretrained)")
     kl_schedule: float = setting(0.05, "weight of KL(schedule || hand-made)")
     grad_norm: float = setting(1.0, "the gradient of each factor is clipped to this norm")
@@ -145,7 +145,7 @@ class MDM(nn.Module):
 
 
 def logits_of(model, tokens, cond):
-    """The model's logits [B, L, V], in float32 at least, with [MASK] banned and -inf made finite.
+    """The model's logits [B, L, V], in float32 at least and finite. [MASK] is never drawn.
 
     Every forward pass of every model goes through here. ValueError if the devices differ.
     """
@@ -156,7 +156,7 @@ def logits_of(model, tokens, cond):
     logits = model(tokens, cond)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     is_mask = torch.arange(logits.shape[2], device=logits.device) == model.mask_id
-    # -1e30 bans a token as -inf does, but differences and 0 * log p stay finite.
+    # Some models have [MASK] among their V tokens. -1e30 bans as -inf does, and stays finite.
     return logits.masked_fill(is_mask | (logits < -1e30), -1e30)
 
 
@@ -315,7 +315,7 @@ def draw(logits):
     cdf = probs.cumsum(2)
     level = cdf[:, :, -1:] * torch.rand_like(cdf[:, :, -1:])  # [B, L, 1]
     token = torch.searchsorted(cdf, level, right=True).clamp(max=logits.shape[2] - 1)
-    possible = probs.gather(2, token) > 0  # a GPU's cumsum may rise a little at a banned token
+    possible = probs.gather(2, token) > 0  # rounding can land on a token of probability 0
     return torch.where(possible, token, logits.argmax(2, keepdim=True))[:, :, 0]
 
 
@@ -323,7 +323,7 @@ def draw(logits):
 def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood="fill"):
     """Fill canvases in T steps. cond [B, ...] -> (tokens int64 [B, L], a list of T `Step`s).
 
-    tokens: canvases to start from, int64 [B, L] with mask_id where to fill (default: everywhere).
+    tokens: canvases to start from, int64 [B, L], mask_id where to fill. r is a share of these.
     explore: draw the schedule's action; otherwise take its mean, and keep no log-probs.
     ValueError if T is not in 1..L.
     """
@@ -351,16 +351,16 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         logits = guided_logits(l_c, l_u, w)
         candidate = draw(logits / tau_s[:, None, None])  # [B, L]
 
-        # 3. The surest are kept, at least one. The last step keeps all.
+        # 3. The surest (at temperature 1) are kept, at least one. The last step keeps all.
         confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
         gumbel = -torch.empty_like(confidence).exponential_().log()  # -log Exp(1) is Gumbel
         score = (confidence + tau_r[:, None] * gumbel).masked_fill(~masked, -math.inf)
-        left = (r * at_start + 1e-3).floor() * (t < T - 1)  # a computed 2.9999 is 3
+        left = (r * at_start + 1e-3).floor() * (t < T - 1)  # + 1e-3, or a 3 may become 2
         keep = (count - left).clamp(min=1)[:, None]
         rank = score.argsort(1, descending=True).argsort(1)  # 0 is the surest
         filled = (rank < keep) & masked
 
-        # Only what has an effect is scored: not r and tau_r where all is kept, as in the last step.
+        # Only what can have an effect is scored: r and tau_r not where the step must fill all.
         some = count > 0
         choice = (count > 1) & (t < T - 1)
         acts = torch.stack([choice, some, choice, some & (l_u is not None)], 1)
@@ -419,8 +419,8 @@ def surrogate(log_p, old, advantage, clip):
 def categorical_kl(log_p, log_q):
     """log_p, log_q [B, L, V] -> KL at every position [B, L].
 
-    Without the -1, the gradient in log_p would be p more. That cancels in the softmax but for
-    rounding noise, and where p = q Adam would scale the noise up. The +1 restores the value.
+    The -1 and the +1 cancel in the value. In the gradient, the -1 removes a term p that softmax
+    would cancel only up to rounding. At p = q that noise would be all, and Adam scales it up.
     """
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + 1
 
@@ -430,7 +430,7 @@ def model_loss(l_c, l_u, reference_l_c, step, advantage, s, row):
     """One step's share of loss_theta, summed over the samples. Adds its diagnostics to row.
 
     Each token has a ratio of its own: their product would leave the clip's range at once (ours).
-    Where nothing was filled, the ratio is the constant 1, without a gradient.
+    Under `fill`, a position that was not filled has the constant ratio 1, without a gradient.
     The KL is on l_c, at the masked positions, so it does not see how l_u moves (ours).
     """
     _, _, _, w = constrain(step.action)
@@ -455,7 +455,7 @@ def schedule_loss(schedule, statistics, t, T, step, advantage, s, row):
 
 
 def add_diagnostics(row, name, log_p, old, kl, clip, n):
-    """Add to row a step's KL and how far its ratios have left 1, over n: L or T, as in the loss."""
+    """Add a step's KL, and how far its ratios are from 1, to row. n: the loss's divisor, L or T."""
     log_ratio = (log_p - old).detach()
     moved = log_ratio.expm1()  # ratio - 1
     row["kl_" + name] += kl.detach() / n
@@ -505,11 +505,11 @@ def update(model, schedule, reference, optimizer, micro_batches, s, which="joint
 def exact_log_prob(logits, step):
     """log-probability of all that a step decided at each masked position, else 0: [B, L]. (ours)
 
-    The threshold is the lowest score that was kept. Given it, the positions are independent, and
-    each has one of three factors: the one at the threshold, p(candidate) times the density of its
-    score there; another kept one, p(candidate) P(score > threshold); one that stays masked,
-    P(score < threshold), averaged over its possible candidates. Scores are Gumbel variables:
-    P(score < threshold) = exp(-rate), rate = exp((log-confidence - threshold) / tau_r).
+    The threshold is the lowest score that was kept. Given it, positions are independent:
+    kept, at the threshold   p(candidate) * density of its score there
+    kept, above it           p(candidate) * P(score > threshold)
+    still masked             sum over tokens v of p(v) * P(score of v < threshold)
+    Gumbel: P(score < threshold) = exp(-rate), rate = exp((log-confidence - threshold) / tau_r).
     """
     _, tau_s, tau_r, _ = constrain(step.action)
     tau_r = tau_r.clamp(min=1e-3)[:, None, None]  # colder cannot be scored
@@ -523,7 +523,7 @@ def exact_log_prob(logits, step):
     below = (log_p - log_rate.exp()).logsumexp(2)  # over candidates: [B, L]
     log_rate = log_rate.gather(2, candidate)[:, :, 0]  # [B, L]
     above = (-(-log_rate.exp()).expm1()).log()  # log(1 - exp(-rate))
-    at = log_rate - log_rate.exp()  # log density, up to -log tau_r
+    at = log_rate - log_rate.exp()  # log density, less the constant -log tau_r
     above = above.scatter(1, last, at.gather(1, last))  # of the one at the threshold
 
     factor = torch.where(step.filled, log_p_candidate + above, below)
@@ -532,7 +532,7 @@ def exact_log_prob(logits, step):
 
 
 def schedule_share(schedule, statistics, t, T, step, advantage, s):
-    """The schedule's -surrogate as a loss of theta: what the schedule saw depends on theta."""
+    """theta shapes what the schedule sees, so -surrogate of a_t is a part of loss_theta, too."""
     frozen = copy.deepcopy(schedule).requires_grad_(False)  # phi does not learn from this
     log_p = frozen.log_prob(frozen(statistics, t, T), step.action, step.acts)  # [B]
     gain = surrogate(log_p, step.old_schedule, advantage, s.clip)
@@ -670,9 +670,9 @@ def parse(argv):
     parser.error = lambda message: parser.exit(2, f"cogrpo.py: error: {message}; see --help\n")
     parser.add_argument("--data", help="folder with MNIST, or `drawn`: digits drawn by Pillow")
     parser.add_argument("--out", help="where results go (out)")
-    parser.add_argument("--cache", default="cache", help="where worlds are kept (cache)")
+    parser.add_argument("--cache", default="cache", help="where toy worlds are (cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
-    parser.add_argument("--quick", action="store_true", help="the whole pipeline, but small")
+    parser.add_argument("--quick", action="store_true", help="all of it, but small")
     parser.add_argument("--load", help="a cogrpo.pt: measure and draw it, at --steps")
     for f in fields(Settings):
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
@@ -680,7 +680,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if f.name in args}
     for name, value in vars(args).items():
-        has_effect = name in ("load", "steps", "seed", "out", "device")
+        has_effect = name in ("load", "steps", "seed", "out", "device")  # with --load
         if args.load and not has_effect and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --load: leave it out")
     return args, given
@@ -778,7 +778,7 @@ def report(toy, out, checkpoint, T, seed, device):
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
-    parameters = []  # of `trajectory`, which is Co-GRPO's, the last of the loop
+    parameters = []  # how Co-GRPO's schedule acted: `trajectory` is the last one of the loop
     for j, name in enumerate(("re-mask ratio r", "sampling temperature tau_s",
                               "re-mask temperature tau_r", "guidance scale w")):
         acting = [t for t, step in enumerate(trajectory) if step.acts[:, j].any()]
