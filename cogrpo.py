@@ -27,7 +27,7 @@ p_phi(a_t | x_t, c) times p_theta(filled tokens | a_t, x_t, c), and both factors
     tau_r       re-mask temperature: the noise in the ranking that says which tokens are kept
     w           guidance scale: logits = l_c + w (l_c - l_u)
     l_c, l_u    the model's logits under the condition, and under the null condition
-    A-hat       the advantage              s, row  Settings, and a row of the log
+    A-hat       the advantage              s, row  the Settings, and a row of the log
 
 The paper's code is not public; this follows its abstract and project page. Ours are joint updates
 as the default (the paper's take turns: --update alternate), the Gaussian's fixed spread, what the
@@ -257,7 +257,7 @@ class Schedule(nn.Module):
     def prior(self, t, T, like):
         """The hand-made action at step t, unconstrained: [4], dtype and device of `like`."""
         action = unconstrain(*self.hand_made(t, T))
-        return torch.stack([like.new_full((), x) for x in action])  # torch.tensor waits for a GPU
+        return torch.stack([like.new_full((), x) for x in action])  # torch.tensor would sync
 
     def forward(self, statistics, t, T):
         """statistics float [B, 5] -> the mean of the action, unconstrained: [B, 4]."""
@@ -323,7 +323,7 @@ def draw(logits):
 def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood="fill"):
     """Fill canvases in T steps. cond [B, ...] -> (tokens int64 [B, L], a list of T `Step`s).
 
-    tokens: canvases to start from, int64 [B, L], mask_id where to fill. r is a share of these.
+    tokens: canvases to start from, int64 [B, L], with gaps of mask_id. r is a share of the gaps.
     explore: draw the schedule's action; otherwise take its mean, and keep no log-probs.
     ValueError if T is not in 1..L.
     """
@@ -339,7 +339,7 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         masked = canvas == model.mask_id  # [B, L]
         count = masked.sum(1)             # [B]
 
-        # 1. The schedule looks at the canvas and chooses its action.
+        # 1. The schedule sees how sure the model is of the gaps, and chooses its action.
         l_c, l_u = branches(model, canvas, cond)
         mean = schedule(canvas_statistics(l_c.log_softmax(2), masked), t, T)
         action = mean
@@ -355,12 +355,12 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
         gumbel = -torch.empty_like(confidence).exponential_().log()  # -log Exp(1) is Gumbel
         score = (confidence + tau_r[:, None] * gumbel).masked_fill(~masked, -math.inf)
-        left = (r * at_start + 1e-3).floor() * (t < T - 1)  # + 1e-3, or a 3 may become 2
+        left = (r * at_start + 1e-3).floor() * (t < T - 1)  # 1e-3: a 2.99999 is a 3
         keep = (count - left).clamp(min=1)[:, None]
         rank = score.argsort(1, descending=True).argsort(1)  # 0 is the surest
         filled = (rank < keep) & masked
 
-        # Only what can have an effect is scored: r and tau_r not where the step must fill all.
+        # Score only what can have an effect: not r and tau_r where the step must fill all.
         some = count > 0
         choice = (count > 1) & (t < T - 1)
         acts = torch.stack([choice, some, choice, some & (l_u is not None)], 1)
@@ -419,8 +419,8 @@ def surrogate(log_p, old, advantage, clip):
 def categorical_kl(log_p, log_q):
     """log_p, log_q [B, L, V] -> KL at every position [B, L].
 
-    The -1 and the +1 cancel in the value. In the gradient, the -1 removes a term p that softmax
-    would cancel only up to rounding. At p = q that noise would be all, and Adam scales it up.
+    The -1 and +1 cancel in the value. The -1 makes d/dlog_p = p (log_p - log_q): 0 at p = q.
+    Else a p is left that softmax cancels only up to rounding, noise that Adam scales up.
     """
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + 1
 
@@ -532,7 +532,7 @@ def exact_log_prob(logits, step):
 
 
 def schedule_share(schedule, statistics, t, T, step, advantage, s):
-    """theta shapes what the schedule sees, so -surrogate of a_t is a part of loss_theta, too."""
+    """a_t depends on theta through the statistics: its -surrogate, for loss_theta alone."""
     frozen = copy.deepcopy(schedule).requires_grad_(False)  # phi does not learn from this
     log_p = frozen.log_prob(frozen(statistics, t, T), step.action, step.acts)  # [B]
     gain = surrogate(log_p, step.old_schedule, advantage, s.clip)
@@ -632,7 +632,7 @@ def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
     values = torch.stack([x.to(reward) for x in row.values()])
     if ranks > 1:
         dist.all_reduce(values)
-    row = dict(zip(row, (values / ranks).tolist()))  # waits for a GPU
+    row = dict(zip(row, (values / ranks).tolist()))  # syncs with a GPU
     if not all(map(math.isfinite, row.values())):
         raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: NaN or infinity in "
                          f"iteration {i}; lower them, and keep what learns in float32")
@@ -679,9 +679,9 @@ def parse(argv):
                             help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if f.name in args}
+    with_load = ("load", "steps", "seed", "out", "device")
     for name, value in vars(args).items():
-        has_effect = name in ("load", "steps", "seed", "out", "device")  # with --load
-        if args.load and not has_effect and value != parser.get_default(name):
+        if args.load and name not in with_load and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --load: leave it out")
     return args, given
 
@@ -763,7 +763,7 @@ def report(toy, out, checkpoint, T, seed, device):
     """Measure before and after: the table, results.csv, samples.png, decoding.gif, schedule.png."""
     size, world, base, model, schedule, _ = load_checkpoint(toy, checkpoint, device)
     cond = torch.arange(size.eval_samples, device=device) % toy.CLASSES
-    rows, films = [], []
+    rows, films, parameters = [], [], []
     for name, m, p, steps in (("base T=32", base, Schedule().to(device), 32),
                               (f"base T={T}", base, Schedule().to(device), T),
                               (f"Co-GRPO T={T}", model, schedule, T)):
@@ -772,13 +772,13 @@ def report(toy, out, checkpoint, T, seed, device):
         rollouts = [rollout(m, p, c, steps, explore=False) for c in batches]
         tokens = torch.cat([tokens for tokens, _ in rollouts])
         rows.append({"name": name, **world.measure(tokens, cond), "passes": 2 * steps})
-        filled, trajectory = rollouts[0]
-        films.append((name, [step.canvas for step in trajectory] + [filled]))  # each [50, 49]
+        filled, film = rollouts[0]
+        films.append((name, [step.canvas for step in film] + [filled]))  # each [50, 49]
     rows.append({"name": "real digits", **world.measure_real(), "passes": ""})
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
-    parameters = []  # how Co-GRPO's schedule acted: `trajectory` is the last one of the loop
+    _, trajectory = rollouts[0]  # Co-GRPO's, the last in the loop
     for j, name in enumerate(("re-mask ratio r", "sampling temperature tau_s",
                               "re-mask temperature tau_r", "guidance scale w")):
         acting = [t for t, step in enumerate(trajectory) if step.acts[:, j].any()]
@@ -823,7 +823,7 @@ def run(argv):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors="replace")  # a terminal without é shows ? in its place
+    sys.stdout.reconfigure(errors="replace")  # Fréchet is Fr?chet where é cannot be
     try:
         run(argv)
     except ValueError as error:
