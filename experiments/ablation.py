@@ -298,11 +298,14 @@ def draw_frontier(path, figures):
                         for arm in BY_HAND if (arm, steps) in figures)
         x, y = [point[0] for point in points], [point[1] for point in points]
         lines.append((x, y, toy.GREY, 2))
-        labels.append((x[0], y[0], f"tau_s by hand, T = {steps}"))
+        labels.append((x[0], y[0] + 0.02, f"tau_s by hand, T = {steps}"))
     for (arm, steps), worlds in figures.items():
         if arm not in BY_HAND and "alone" not in arm and steps == T and "at T" not in arm:
             x, y = [mean_of(worlds, name) for name in ("diversity", "held_out")]
             lines.append(([x], [y], toy.BLUE, 2))
+            y += 0.012
+            while any(abs(x - left) < 0.025 and abs(y - low) < 0.015 for left, low, _ in labels):
+                y += 0.001  # off the label of a neighbour
             labels.append((x, y, arm))
     title = "held-out p(c | image) against diversity: up and to the right is better"
     picture = toy.panel(title, "diversity", lines, labels=labels, width=840, height=520)
