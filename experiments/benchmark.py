@@ -8,15 +8,19 @@ Times are of a random model of the toy job's size, against the bare passes of th
 the same shapes, taken in turns: the ratio is the figure, for an absolute time is of this machine.
 """
 import argparse
+import itertools
 import os
 import statistics
 import time
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import cogrpo
 import toy_reward as toy
@@ -132,6 +136,49 @@ def measure_memory(device):
     return lines
 
 
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that were made in it and are alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if torch.is_tensor(x) and x.untyped_storage()._cdata not in self.sizes:
+                storage = x.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return result
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+def count_logits(B=16, L=8, V=16384):
+    """Lines: the peak of a rollout and of an update, in tensors of [B, L, V]."""
+    lines = ["| V = 16,384 | rollout | update |", "|---" * 3 + "|"]
+    for guided, likelihood in itertools.product((False, True), ("fill", "exact")):
+        model, _, conds = a_job(torch.device("cpu"), dim=8, depth=1, vocab=V, seq_len=L)
+        if not guided:
+            model.null_cond = None
+        s = Settings(likelihood=likelihood)
+        trained, schedule, reference, optimizer = prepare(model, s)
+        cond = conds[torch.arange(B) % 10]
+        with Alive() as first:
+            _, trajectory = rollout(trained, schedule, cond, s.steps, likelihood=likelihood)
+        parts = [(trajectory, cond, torch.randn(B))]
+        with Alive() as second:
+            update(trained, schedule, reference, optimizer, parts, s)
+        tensors = [alive.peak / (4 * B * L * V) for alive in (first, second)]
+        name = f"{likelihood}, {'with' if guided else 'no'} guidance"
+        lines.append(f"| {name} | {tensors[0]:.1f} | {tensors[1]:.1f} |")
+    return lines
+
+
 def count_rows(model):
     """A list whose only number counts the rows through a model, a backward pass counted twice."""
     rows = [0]
@@ -171,7 +218,7 @@ def main(argv=None):
         lines = [rows_to(0.30, args, seed, device) for seed in range(3)]
     else:
         lines = [*time_an_iteration(device), "", *time_a_sampler(device), "",
-                 *measure_memory(device)]
+                 *measure_memory(device), "", *count_logits()]
     print("\n".join(lines))
 
 

@@ -201,6 +201,11 @@ def test_the_benchmark_counts_rows_and_prints_ratios(monkeypatch):
     table = re.findall(r"^\| (\w+) \| \d+ \| \d+ \| (\d+\.\d+) \|$", "\n".join(lines), re.M)
     assert [name for name, _ in table] == ["rollout", "update", "iteration"]
     assert all(float(ratio) > 0.5 for _, ratio in table)
+    with benchmark.Alive() as alive:
+        x = torch.zeros(1000) + 1  # two tensors, of which one stays
+        assert alive.peak == 8000 and alive.now == 4000
+        del x
+        assert alive.now == 0
 
 
 def test_the_table_of_bias_and_variance_has_the_numbers_of_its_function():
