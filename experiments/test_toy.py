@@ -220,6 +220,23 @@ def test_the_held_out_judge_is_never_trained_on(small, monkeypatch):
     assert given.tolist() == list(range(10))
 
 
+def test_every_size_reaches_what_it_names(small, monkeypatch):
+    calls = []
+
+    def spy(model, tokens, labels, steps, batch):
+        calls.append((len(tokens), len(labels), steps, batch))
+        return 0.0
+    monkeypatch.setattr(cogrpo, "pretrain", spy)
+    Path("cache").mkdir()
+    args, _ = cogrpo.parse(["--data=drawn"])
+    world, model = cogrpo.build_world(toy, args, TINY, 0, torch.device("cpu"))
+    n = TINY.train_images
+    assert calls == [(n, n, TINY.pretrain_steps, TINY.pretrain_batch)]
+    assert model.token.weight.shape == (TINY.codebook_size + 1, TINY.dim)
+    assert len(model.blocks) == TINY.depth and len(world.test_tokens) == TINY.test_images
+    assert len(world.codebook) == TINY.codebook_size
+
+
 def test_a_cached_world_is_used_for_equal_settings_data_and_code(small, capsys, monkeypatch):
     def made_anew(*flags):
         cogrpo.main([*SMALL, "--iters=1", *flags])
