@@ -554,6 +554,7 @@ def draw_curves(path, log):
                         ("kl_model", "KL(model || pretrained), nats per token"),
                         ("kl_schedule", "KL(schedule || hand-made), nats per step")):
         y = [row[name] for row in log]
-        mean = [float(np.mean(y[max(0, i - reach):i + reach + 1])) for i in x]
+        near = [min(reach, i, len(y) - 1 - i) for i in x]  # as far to the left as to the right
+        mean = [float(np.mean(y[i - k:i + k + 1])) for i, k in zip(x, near)]
         panels.append(panel(title, "iteration", [(x, y, PALE, 1), (x, mean, BLUE, 3)]))
     draw_panels(path, panels, [("each iteration", PALE), ("smoothed", BLUE)])
