@@ -79,10 +79,11 @@ def test_the_arm_at_several_T_takes_them_in_turn(stubs, monkeypatch):
         return real(i, model, schedule, reference, optimizer, reward_fn, given, s)
     monkeypatch.setattr(ablation, "iterate", spy)
     model, s = a_model(8, num_conds=10, dtype=torch.float32), Settings(iters=4, groups=2)
-    (_, better, _, measured), _ = ablation.run_arm("joint at T = 2, 4, 8 in turn", StubWorld(),
-                                                   model, s, 0.0)
-    assert steps == [2, 4, 8, 2] and not torch.equal(weights(better), weights(model))
-    assert measured == ablation.EVERY_T
+    whole, part = ablation.run_arm("joint at T = 2, 4, 8 in turn", StubWorld(), model, s, 0.0)
+    assert steps == [2, 4, 8, 2] and not torch.equal(weights(whole[1]), weights(model))
+    assert whole[3] == part[3] == ablation.EVERY_T
+    assert part[0].endswith("its model alone") and part[1] is whole[1]
+    assert weights(part[2].residual[2]).abs().max() == 0 < weights(whole[2].residual[2]).abs().max()
 
 
 def test_a_blind_schedule_sees_the_step_and_nothing_else():

@@ -211,7 +211,13 @@ def test_the_held_out_judge_is_never_trained_on(small, monkeypatch):
 
     def spy(model, reward_fn, conds, settings, hook):
         calls.append((reward_fn, conds))
-        return real(model, reward_fn, conds, settings, hook)
+        world = reward_fn.__self__
+
+        def check(row, model, schedule, tokens, cond):
+            hook(row, model, schedule, tokens, cond)
+            p = world.log_prob(world.held_out_judge, tokens, cond).exp()
+            assert row["held_out"] == pytest.approx(float(p.mean()))
+        return real(model, reward_fn, conds, settings, check)
     monkeypatch.setattr(cogrpo, "train", spy)
     cogrpo.main(SMALL)
     (reward_fn, given), world = calls[0], calls[0][0].__self__
