@@ -78,6 +78,9 @@ def in_every_order(model, schedule, canvas, action, t, T):
             yield odds, [candidate.get(i, 0) for i in range(model.seq_len)], kept, kept[-1], 0.0
 
 
+SPACING = 0.3  # of the grid below
+
+
 def at_every_threshold(model, schedule, canvas, action, t, T):
     """The same step as `exact` sees it: kept tokens, the last of them, and the threshold.
 
@@ -87,8 +90,8 @@ def at_every_threshold(model, schedule, canvas, action, t, T):
     masked, keep = kept_count(model, canvas, action, t, T)
     all_kept = keep == len(masked)
     tau_r = float(torch.log1p(action[2].exp()))
-    grid = np.arange(-3.1, 4 + 4 / tau_r, 0.3)  # the colder the ranking, the further the scores
-    nodes = [(tau_r * (math.exp(-x) - x), 0.3 * (1 + math.exp(-x))) for x in grid]
+    grid = np.arange(-3.1, 4 + 4 / tau_r, SPACING)  # the colder the ranking, the further scores go
+    nodes = [(tau_r * (math.exp(-x) - x), SPACING * (1 + math.exp(-x))) for x in grid]
     for kept in itertools.combinations(masked, keep):
         for values in itertools.product(range(model.mask_id), repeat=keep):
             candidate = dict(zip(kept, values))
