@@ -13,6 +13,7 @@ import csv
 import hashlib
 import math
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,7 @@ def draw_frontier(path, figures):
 
 
 def main(argv=None):
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ± shows ? in its place
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="as for cogrpo.py: a folder with MNIST, or drawn")
     parser.add_argument("--out", default="ablation", help="where ablation.csv is, or will be")
