@@ -234,7 +234,7 @@ def canvas_statistics(log_p, masked):
     for x in (confidence, entropy):
         mean = (x * masked).sum(1) / count
         variance = ((x - mean[:, None]).square() * masked).sum(1) / count
-        columns += [mean, (variance + 1e-6).sqrt()]  # the root's gradient is infinite at 0
+        columns += [mean, (variance + 1e-6).sqrt()]  # for exact: sqrt's gradient at 0
     return torch.stack(columns, 1)
 
 
@@ -420,7 +420,7 @@ def categorical_kl(log_p, log_q):
     """log_p, log_q [B, L, V] -> KL at every position [B, L].
 
     The -1 and +1 cancel in the value. The -1 makes d/dlog_p = p (log_p - log_q): 0 at p = q.
-    Else a p is left that softmax cancels only up to rounding, noise that Adam scales up.
+    Without it p is added: softmax cancels it up to rounding, and Adam scales that noise.
     """
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + 1
 
@@ -622,7 +622,7 @@ def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
 
     reward = check_reward(reward_fn(tokens, cond), cond)
     advantage = group_advantage(reward, s.group_size).split(len(micro[0]))
-    batches = [(rollouts[k][1], micro[k], advantage[k]) for k in range(len(micro))]
+    batches = [(steps, c, a) for (_, steps), c, a in zip(rollouts, micro, advantage)]
     row = update(model, schedule, reference, optimizer, batches, s, which)
 
     groups = reward.view(-1, s.group_size)
@@ -679,9 +679,9 @@ def parse(argv):
                             help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in fields(Settings) if f.name in args}
-    with_load = ("load", "steps", "seed", "out", "device")
+    allowed = ("load", "steps", "seed", "out", "device")
     for name, value in vars(args).items():
-        if args.load and name not in with_load and value != parser.get_default(name):
+        if args.load and name not in allowed and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect with --load: leave it out")
     return args, given
 
