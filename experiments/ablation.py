@@ -300,8 +300,10 @@ def draw_frontier(path, figures):
         x, y = [point[0] for point in points], [point[1] for point in points]
         lines.append((x, y, toy.GREY, 2))
         labels.append((x[0], y[0] + 0.02, f"tau_s by hand, T = {steps}"))
-    for (arm, steps), worlds in figures.items():
-        if arm not in BY_HAND and "alone" not in arm and steps == T and "at T" not in arm:
+    for arm in (*TRAINED, "best by hand"):
+        worlds = figures.get((arm, T), {})
+        # Without the KL there is no diversity to show. Fewer worlds would be another comparison.
+        if len(worlds) == len(figures["joint", T]) and arm != "joint, no KL" and "at T" not in arm:
             x, y = [mean_of(worlds, name) for name in ("diversity", "held_out")]
             lines.append(([x], [y], toy.BLUE, 2))
             y += 0.012
