@@ -107,9 +107,9 @@ def run_arm(arm, world, base, s, floor):
     start = Blind(s.spread) if "blind" in arm else None
     conds = torch.arange(toy.CLASSES, device=device)
     if "in turn" in arm:
-        parts = model, schedule, reference, optimizer = prepare(base, s)
+        state = model, schedule, _, _ = prepare(base, s)
         for i in tqdm(range(s.iters), "Co-GRPO", unit="iter"):
-            iterate(i, *parts, world.reward, conds, replace(s, steps=(2, 4, 8)[i % 3]))
+            iterate(i, *state, world.reward, conds, replace(s, steps=(2, 4, 8)[i % 3]))
     else:
         model, schedule, _ = train(base, world.reward, conds, s, schedule=start)
     if arm != "joint" and "at T" not in arm:

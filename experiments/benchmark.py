@@ -160,7 +160,7 @@ class Alive(TorchDispatchMode):
 
 def count_logits(B=16, L=8, V=16384):
     """Lines: the peak of a rollout and of an update, in tensors of [B, L, V]."""
-    lines = ["| V = 16,384 | rollout | update |", "|---" * 3 + "|"]
+    lines = [f"| V = {V:,} | rollout | update |", "|---" * 3 + "|"]
     for guided, likelihood in itertools.product((False, True), ("fill", "exact")):
         model, _, conds = a_job(torch.device("cpu"), dim=8, depth=1, vocab=V, seq_len=L)
         if not guided:
