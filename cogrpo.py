@@ -66,8 +66,8 @@ def setting(default, help):
 @dataclass
 class Settings:
     """Settings of Co-GRPO; each is a flag of the command line, too."""
-    update: str = setting("joint", "what learns: joint, alternate (the paper), model, schedule")
-    likelihood: str = setting("fill", "of the model: fill (the paper) or exact (ours)")
+    update: str = setting("joint", "what learns: joint, alternate (paper), model, schedule")
+    likelihood: str = setting("fill", "fill (paper) or exact (ours, not for tau_r near 0)")
     steps: int = setting(4, "T, decoding steps of a sample")
     iters: int = setting(50, "iterations: one rollout and its update each")
     groups: int = setting(10, "groups in a rollout; a group shares its condition")
@@ -145,7 +145,7 @@ class MDM(nn.Module):
 
 
 def logits_of(model, tokens, cond):
-    """The model's logits [B, L, V], in float32 at least and finite. [MASK] is never drawn.
+    """The model's logits [B, L, V], in float32 at least, and -1e30 for -inf and for [MASK].
 
     Every forward pass of every model goes through here. ValueError if the devices differ.
     """
@@ -156,7 +156,7 @@ def logits_of(model, tokens, cond):
     logits = model(tokens, cond)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     is_mask = torch.arange(logits.shape[2], device=logits.device) == model.mask_id
-    # Some models have [MASK] among their V tokens. -1e30 bans as -inf does, and stays finite.
+    # Some models have [MASK] among their V tokens. -1e30 bans as -inf does, but is finite.
     return logits.masked_fill(is_mask | (logits < -1e30), -1e30)
 
 
@@ -179,7 +179,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
             dropped = torch.rand(batch, device=device) < drop
             c[dropped] = null[dropped]
         ratio = torch.cos(torch.rand(batch, 1, device=device) * math.pi / 2)
-        rank = torch.rand(target.shape, device=device).argsort(1).argsort(1)  # a random order
+        rank = torch.rand(target.shape, device=device).argsort(1).argsort(1)  # random ranks
         masked = rank < (ratio * model.seq_len).ceil()  # an exact count, at least one
         logits = logits_of(model, target.masked_fill(masked, model.mask_id), c)
         loss = F.cross_entropy(logits[masked], target[masked])
@@ -223,8 +223,8 @@ def unconstrain(r, tau_s, tau_r, w):
 def canvas_statistics(log_p, masked):
     """What the schedule sees of a canvas and its condition: float [B, 5]. (ours)
 
-    The masked share, then mean and spread over the masked positions of the confidence (the
-    largest probability) and of the entropy / log V. Any MDM has these, whatever its L and V.
+    The masked share, then mean and std over the masked positions of the confidence (the largest
+    probability) and of the entropy / log V. Any MDM has these, whatever its L and V.
     log_p float [B, L, V] is log softmax(l_c); masked bool [B, L].
     """
     confidence = log_p.amax(2).exp()                                    # [B, L]
@@ -234,7 +234,7 @@ def canvas_statistics(log_p, masked):
     for x in (confidence, entropy):
         mean = (x * masked).sum(1) / count
         variance = ((x - mean[:, None]).square() * masked).sum(1) / count
-        columns += [mean, (variance + 1e-6).sqrt()]  # for exact: sqrt's gradient at 0
+        columns += [mean, (variance + 1e-6).sqrt()]  # sqrt has no gradient at 0
     return torch.stack(columns, 1)
 
 
@@ -257,7 +257,7 @@ class Schedule(nn.Module):
     def prior(self, t, T, like):
         """The hand-made action at step t, unconstrained: [4], dtype and device of `like`."""
         action = unconstrain(*self.hand_made(t, T))
-        return torch.stack([like.new_full((), x) for x in action])  # torch.tensor would sync
+        return torch.stack([like.new_full((), x) for x in action])  # no wait for a GPU
 
     def forward(self, statistics, t, T):
         """statistics float [B, 5] -> the mean of the action, unconstrained: [B, 4]."""
@@ -266,13 +266,13 @@ class Schedule(nn.Module):
         return self.prior(t, T, x) + self.residual(x)
 
     def log_prob(self, mean, action, acts):
-        """log Normal(action; mean, spread), over the parameters that act: [B]."""
+        """log Normal(action; mean, spread), summed where `acts` (see Step): [B]."""
         z = (action - mean) / self.spread
         log_p = -0.5 * z.square() - math.log(self.spread * math.sqrt(2 * math.pi))
         return (log_p * acts).sum(1)
 
     def kl(self, mean, prior, acts):
-        """KL(p_phi || hand-made), over the parameters that act: [B]. Both have the same spread."""
+        """KL(p_phi || hand-made), likewise: [B]. Both have the same spread."""
         z = (mean - prior) / self.spread
         return (0.5 * z.square() * acts).sum(1)
 
@@ -281,7 +281,7 @@ class Schedule(nn.Module):
 
 @dataclass
 class Step:
-    """One step of a rollout of B samples: all that scoring it again needs, and no graph."""
+    """One step of a rollout of B samples: all that scoring it again needs, without a graph."""
     canvas: torch.Tensor     # x_t, int64 [B, L]
     masked: torch.Tensor     # where x_t is [MASK], bool [B, L]
     acts: torch.Tensor       # which of r, tau_s, tau_r, w have an effect, bool [B, 4]
@@ -352,9 +352,9 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         candidate = draw(logits / tau_s[:, None, None])  # [B, L]
 
         # 3. The surest (at temperature 1) are kept, at least one. The last step keeps all.
-        confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
-        gumbel = -torch.empty_like(confidence).exponential_().log()  # -log Exp(1) is Gumbel
-        score = (confidence + tau_r[:, None] * gumbel).masked_fill(~masked, -math.inf)
+        log_confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
+        gumbel = -torch.empty_like(log_confidence).exponential_().log()  # -log Exp(1)
+        score = (log_confidence + tau_r[:, None] * gumbel).masked_fill(~masked, -math.inf)
         left = (r * at_start + 1e-3).floor() * (t < T - 1)  # 1e-3: a 2.99999 is a 3
         keep = (count - left).clamp(min=1)[:, None]
         rank = score.argsort(1, descending=True).argsort(1)  # 0 is the surest
@@ -367,7 +367,7 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
 
         step = Step(canvas, masked, acts, mean, action, candidate, score, filled)
         if explore:
-            step.old_model = LOG_PROB[likelihood](logits, step)  # fill_log_prob, below
+            step.old_model = LOG_PROB[likelihood](logits, step)  # default: fill_log_prob
             step.old_schedule = schedule.log_prob(mean, action, acts)
         trajectory.append(step)
         canvas = torch.where(filled, candidate, canvas)
@@ -419,8 +419,8 @@ def surrogate(log_p, old, advantage, clip):
 def categorical_kl(log_p, log_q):
     """log_p, log_q [B, L, V] -> KL at every position [B, L].
 
-    The -1 and +1 cancel in the value. The -1 makes d/dlog_p = p (log_p - log_q): 0 at p = q.
-    Without it p is added: softmax cancels it up to rounding, and Adam scales that noise.
+    The plain sum's gradient in log p is p (log p - log q) + p. Softmax cancels the last p up to
+    rounding, which Adam scales up where p = q. The -1 removes it, and the +1 mends the value.
     """
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + 1
 
@@ -430,7 +430,7 @@ def model_loss(l_c, l_u, reference_l_c, step, advantage, s, row):
     """One step's share of loss_theta, summed over the samples. Adds its diagnostics to row.
 
     Each token has a ratio of its own: their product would leave the clip's range at once (ours).
-    Under `fill`, a position that was not filled has the constant ratio 1, without a gradient.
+    Under `fill`, both log-probs are 0 where nothing was filled: a ratio of 1, and no gradient.
     The KL is on l_c, at the masked positions, so it does not see how l_u moves (ours).
     """
     _, _, _, w = constrain(step.action)
@@ -512,7 +512,7 @@ def exact_log_prob(logits, step):
     Gumbel: P(score < threshold) = exp(-rate), rate = exp((log-confidence - threshold) / tau_r).
     """
     _, tau_s, tau_r, _ = constrain(step.action)
-    tau_r = tau_r.clamp(min=1e-3)[:, None, None]  # colder cannot be scored
+    tau_r = tau_r.clamp(min=1e-3)[:, None, None]  # without noise there is no density
     candidate = step.candidate[:, :, None]  # [B, L, 1]
     log_p = (logits / tau_s[:, None, None]).log_softmax(2)  # [B, L, V]
     log_p_candidate = log_p.gather(2, candidate)[:, :, 0]  # [B, L]
@@ -532,7 +532,7 @@ def exact_log_prob(logits, step):
 
 
 def schedule_share(schedule, statistics, t, T, step, advantage, s):
-    """a_t depends on theta through the statistics: its -surrogate, for loss_theta alone."""
+    """-surrogate of a_t for loss_theta: theta moves its mean through the statistics."""
     frozen = copy.deepcopy(schedule).requires_grad_(False)  # phi does not learn from this
     log_p = frozen.log_prob(frozen(statistics, t, T), step.action, step.acts)  # [B]
     gain = surrogate(log_p, step.old_schedule, advantage, s.clip)
@@ -593,7 +593,7 @@ def prepare(model, s, schedule=None):
             dist.broadcast(x.data, 0)
     reference = model.eval()
     frozen = {id(p): p for p in parameters if not p.requires_grad}
-    model = copy.deepcopy(model, frozen)  # what is in the memo is shared, not copied
+    model = copy.deepcopy(model, memo=frozen)  # shares what is in the memo
     theta = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam([{"params": theta}, {"params": list(schedule.parameters())}])
     return model, schedule, reference, optimizer
@@ -602,11 +602,11 @@ def prepare(model, s, schedule=None):
 def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
     """Iteration i of Co-GRPO: (a row of the log, tokens int64 [B, L], cond [B, ...]).
 
-    Its random numbers depend on s, i, the rank and the number of processes alone.
+    It seeds torch from s, i, the rank and the number of processes, and from nothing else.
     """
     rank, ranks = processes()
     torch.manual_seed((s.seed * s.iters + i) * ranks + rank)
-    fade = 1 - i / s.iters  # down to zero, so that the noise of the last updates counts little
+    fade = 1 - i / s.iters  # so that the noise of the last updates counts little
     optimizer.param_groups[0]["lr"] = fade * s.lr
     optimizer.param_groups[1]["lr"] = fade * s.schedule_lr
     which, turn = s.update, i
@@ -669,11 +669,11 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Co-GRPO on toy digits", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"cogrpo.py: error: {message}; see --help\n")
     parser.add_argument("--data", help="folder with MNIST, or `drawn`: digits drawn by Pillow")
-    parser.add_argument("--out", help="where results go (out)")
+    parser.add_argument("--out", help="where results go (out, or T4 beside --load)")
     parser.add_argument("--cache", default="cache", help="where toy worlds are (cache)")
     parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
-    parser.add_argument("--quick", action="store_true", help="all of it, but small")
-    parser.add_argument("--load", help="a cogrpo.pt: measure and draw it, at --steps")
+    parser.add_argument("--quick", action="store_true", help="all of it, small (6 iterations)")
+    parser.add_argument("--load", type=Path, help="a cogrpo.pt: measure and draw it, at --steps")
     for f in fields(Settings):
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} ({f.default})")
@@ -763,7 +763,7 @@ def report(toy, out, checkpoint, T, seed, device):
     """Measure before and after: the table, results.csv, samples.png, decoding.gif, schedule.png."""
     size, world, base, model, schedule, _ = load_checkpoint(toy, checkpoint, device)
     cond = torch.arange(size.eval_samples, device=device) % toy.CLASSES
-    rows, films, parameters = [], [], []
+    rows, films, curves = [], [], []
     for name, m, p, steps in (("base T=32", base, Schedule().to(device), 32),
                               (f"base T={T}", base, Schedule().to(device), T),
                               (f"Co-GRPO T={T}", model, schedule, T)):
@@ -783,8 +783,9 @@ def report(toy, out, checkpoint, T, seed, device):
                               "re-mask temperature tau_r", "guidance scale w")):
         acting = [t for t, step in enumerate(trajectory) if step.acts[:, j].any()]
         learned = [constrain(trajectory[t].mean)[j].cpu() for t in acting]  # each [50]
-        parameters.append((name, acting, [hand_made(t, T)[j] for t in acting], learned))
-    toy.draw_schedule(out / "schedule.png", parameters)
+        if acting:  # at T = 1, r and tau_r never act
+            curves.append((name, acting, [hand_made(t, T)[j] for t in acting], learned))
+    toy.draw_schedule(out / "schedule.png", curves)
     print(f"\n{toy.table(rows)}\n\nresults and pictures are in {out}/")
 
 
@@ -792,7 +793,7 @@ def run(argv):
     import toy_reward as toy  # here, so that the method needs neither torchvision nor Pillow
     args, given = parse(argv)
     device = pick_device(args.device)
-    if "RANK" in os.environ:  # torchrun started this; rank 0 alone prints
+    if "RANK" in os.environ:  # started by torchrun: rank 0 alone prints
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -806,10 +807,9 @@ def run(argv):
     T = settings.steps
     if T > toy.SEQ_LEN:
         raise ValueError(f"--steps {T}: must be in 1..{toy.SEQ_LEN}, the number of tokens")
-    folders = {"--out": Path(args.out or "out"), "--cache": Path(args.cache)}
-    if args.load:
-        folders = {"--out": Path(args.out or Path(args.load).parent / f"T{T}")}
-    out = folders["--out"]
+    default = args.load.parent / f"T{T}" if args.load else "out"
+    out = Path(args.out or default)
+    folders = {"--out": out} if args.load else {"--out": out, "--cache": Path(args.cache)}
     for name, folder in folders.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -823,7 +823,6 @@ def run(argv):
 
 
 def main(argv=None):
-    sys.stdout.reconfigure(errors="replace")  # Fréchet is Fr?chet where é cannot be
     try:
         run(argv)
     except ValueError as error:

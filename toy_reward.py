@@ -398,7 +398,7 @@ def write_csv(path, rows):
 
 def table(rows):
     """Rows of `World.measure` as markdown; ± is one standard error over the samples."""
-    lines = ["| | reward | held-out | accuracy | Fréchet | pixel Fréchet | diversity | passes |",
+    lines = ["| | reward | held-out | accuracy | Frechet | pixel Frechet | diversity | passes |",
              "|---" * 8 + "|"]
     for row in rows:
         cells = [row["name"]]

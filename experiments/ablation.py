@@ -200,13 +200,14 @@ def tables(figures):
     for (arm, steps), worlds in figures.items():
         cells = [in_words([row[name] for row in worlds.values()], decimals)
                  for name, decimals in FIGURES.items()]
-        lines.append(f"| {arm}, T = {steps} | {len(worlds)} | {' | '.join(cells)} |")
+        if "at T" not in arm:  # those have a table of their own
+            lines.append(f"| {arm}, T = {steps} | {len(worlds)} | {' | '.join(cells)} |")
     lines += ["", f"| joint at T = {T} less this, paired | {header}", "|---" * 8 + "|"]
-    for arm, worlds in figures.items():
-        cells = [in_words(differences(figures, joint, arm, name), decimals, "+")
+    for (arm, steps), worlds in figures.items():
+        cells = [in_words(differences(figures, joint, (arm, steps), name), decimals, "+")
                  for name, decimals in FIGURES.items()]
-        if arm != joint:
-            lines.append(f"| {arm[0]}, T = {arm[1]} | {len(worlds)} | {' | '.join(cells)} |")
+        if (arm, steps) != joint and "at T" not in arm and (steps == T or arm in BY_HAND):
+            lines.append(f"| {arm}, T = {steps} | {len(worlds)} | {' | '.join(cells)} |")
     lines += ["", *over_steps(figures), ""]
     for steps in (T, 32):
         ratios = at_equal_diversity(figures, joint, steps)

@@ -156,6 +156,7 @@ def test_tables_against_numbers():
     text = "\n".join(ablation.tables(figures))
     assert "| held-out / diversity, 1 worlds | T = 2 | T = 4 " in text
     assert "| joint at T = 2 | 0.520 / 0.400 | 0.540 / 0.400 | 0.580 / 0.400 " in text
+    assert "| joint at T = 2, T = 4 |" not in text  # they are in that table alone
     assert "| model only, T = 4 | 2 | +0.100 ± 0.000 | +0.100" in text
     assert "halves, held_out: +0.050 ± 0.000" in text
     assert "adds to the schedule, held_out: +0.010 ± 0.000" in text

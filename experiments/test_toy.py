@@ -200,6 +200,8 @@ def test_the_rows_are_of_the_model_and_the_schedule_that_they_name(small, capsys
         assert float(row["reward"]) == pytest.approx(figures["reward"], rel=1e-6)
         assert float(row["frechet"]) == pytest.approx(figures["frechet"], rel=1e-6)
         assert row["passes"] == str(2 * steps)
+    cogrpo.main(["--load=out/cogrpo.pt", "--steps=1", "--device=cpu"])  # r and tau_r never act
+    assert Path("out/T1/schedule.png").exists()
     header, *log = read("out/log.csv")
     assert {"iter", "reward", "held_out", "kl_model", "kl_schedule", "clip_model"} <= set(header)
 
@@ -270,7 +272,8 @@ def test_a_cached_world_is_used_for_equal_settings_data_and_code(small, capsys, 
     (["--data=empty"], "--data empty: no MNIST"), (["--data=broken"], "train-\\*"),
     (["--data=swapped"], "train-\\*"), (["--data=html"], "train-\\*"),
     (["--out=file/x"], "--out file/x"), (["--cache=file"], "--cache file"),
-    (["--load=file"], "--load file: not a"), (["--load=none.pt"], "--load none.pt: no such"),
+    (["--load="], "--load .: not a"), (["--load=file"], "--load file: not a"),
+    (["--load=none.pt"], "--load none.pt: no such"),
     (["--load=other.pt"], "--load other.pt: not a"), (["--load=file", "--lr=1"], "--lr has no"),
     (["--load=file", "--kl-model=0"], "--kl-model has no"), (["--load=file", "--quick"], "--quick"),
     (["--frobnicate"], "--frobnicate"),
