@@ -37,6 +37,7 @@ TRAINED = {  # what an arm changes in the settings
     "joint, exact": {"likelihood": "exact", "kl_model": 6.0},
     "joint, no KL": {"kl_model": 0.0, "kl_schedule": 0.0},
     "model only": {"update": "model"},
+    "model only, no exploration": {"update": "model", "spread": 1e-6},
     "schedule only": {"update": "schedule"},
     "schedule only, blind": {"update": "schedule"},
     "alternate": {"update": "alternate"},
