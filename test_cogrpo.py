@@ -789,7 +789,8 @@ def test_the_pipeline_end_to_end(small, capsys, monkeypatch):
 
 def test_the_readmes_own_programs_run():
     """The blocks under "Bring your own" run, one after the other, in fewer iterations."""
-    readme = Path(__file__).with_name("README.md").read_text("utf-8").replace("iters=200", "iters=9")
+    readme = Path(__file__).with_name("README.md").read_text("utf-8")
+    readme = readme.replace("iters=200", "iters=9")
     namespace = {}
     for block in re.findall(r"```python\n(.*?)```", readme, re.S):
         exec(compile(block, "README.md", "exec"), namespace)
