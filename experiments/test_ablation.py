@@ -60,7 +60,9 @@ def test_each_arm_has_its_settings_and_its_start(stubs):
     base = Settings(iters=6, group_size=8, seed=7)
     wanted = {"joint": {}, "joint, exact": {"likelihood": "exact", "kl_model": 6.0},
               "joint, no KL": {"kl_model": 0.0, "kl_schedule": 0.0},
-              "model only": {"update": "model"}, "schedule only": {"update": "schedule"},
+              "model only": {"update": "model"},
+              "model only, no exploration": {"update": "model", "spread": 1e-6},
+              "schedule only": {"update": "schedule"},
               "schedule only, blind": {"update": "schedule"}, "alternate": {"update": "alternate"},
               "alternate, twice the calls": {"update": "alternate", "iters": 100},
               "joint at T = 2": {"steps": 2}}
