@@ -295,26 +295,38 @@ def draw_quality(path, figures):
 
 def draw_frontier(path, figures):
     """Held-out against diversity: the sweep of tau_s by hand as lines, each arm as a point."""
-    lines, labels = [], []
+    lines, points, labels = [], [], []
     for steps in (T, 32):
-        points = sorted([mean_of(figures[arm, steps], name) for name in ("diversity", "held_out")]
-                        for arm in BY_HAND if (arm, steps) in figures)
-        x, y = [point[0] for point in points], [point[1] for point in points]
+        sweep = sorted([mean_of(figures[arm, steps], name) for name in ("diversity", "held_out")]
+                       for arm in BY_HAND if (arm, steps) in figures)
+        x, y = [point[0] for point in sweep], [point[1] for point in sweep]
         lines.append((x, y, toy.GREY, 2))
         labels.append((x[0], y[0] + 0.02, f"tau_s by hand, T = {steps}"))
     for arm in (*TRAINED, "best by hand"):
         worlds = figures.get((arm, T), {})
-        # Without the KL there is no diversity to show. Fewer worlds would be another comparison.
-        if len(worlds) == len(figures["joint", T]) and arm != "joint, no KL" and "at T" not in arm:
-            x, y = [mean_of(worlds, name) for name in ("diversity", "held_out")]
-            lines.append(([x], [y], toy.BLUE, 2))
-            y += 0.012
-            while any(abs(x - left) < 0.025 and abs(y - low) < 0.015 for left, low, _ in labels):
-                y += 0.001  # off the label of a neighbour
-            labels.append((x, y, arm))
+        # Without the KL there is no diversity to show. Without exploration it is model only again.
+        hidden = "no KL" in arm or "no exploration" in arm or "at T" in arm
+        # Fewer worlds would be another comparison.
+        if len(worlds) == len(figures["joint", T]) and not hidden:
+            points.append((mean_of(worlds, "diversity"), mean_of(worlds, "held_out"), arm))
+    for x, y, arm in sorted(points):
+        lines.append(([x], [y], toy.BLUE, 2))
+        others = [(left, low, "") for left, low, _ in points if (left, low) != (x, y)]
+        labels.append((x, free_height(x, y, arm, [*labels, *others]), arm))
     title = "held-out p(c | image) against diversity: up and to the right is better"
     picture = toy.panel(title, "diversity", lines, labels=labels, width=840, height=520)
     toy.save_whole(path, lambda part: picture.save(part, format="PNG"))
+
+
+def free_height(x, y, text, taken):
+    """Where near y a label that starts at x covers none of `taken`: [(x, y, text)]."""
+    letter, line = 0.0009, 0.015  # the size of a letter, about, in diversity and in held-out
+    for shift in (0, 1, -1, 2, -2, 3, -3):
+        low = y + shift * line
+        if all(abs(low - height) >= line or left > x + letter * len(text)
+               or x > left + letter * len(other) for left, height, other in taken):
+            return low
+    return y
 
 
 def main(argv=None):
