@@ -177,7 +177,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
         if model.null_cond is not None:
             null = torch.zeros_like(c) + model.null_cond
             dropped = torch.rand(batch, device=device) < drop
-            c[dropped] = null[dropped]
+            c[dropped] = null[dropped].to(c)
         ratio = torch.cos(torch.rand(batch, 1, device=device) * math.pi / 2)
         rank = torch.rand(target.shape, device=device).argsort(1).argsort(1)  # random ranks
         masked = rank < (ratio * model.seq_len).ceil()  # an exact count, at least one
@@ -285,8 +285,8 @@ class Step:
     canvas: torch.Tensor     # x_t, int64 [B, L]
     masked: torch.Tensor     # where x_t is [MASK], bool [B, L]
     acts: torch.Tensor       # which of r, tau_s, tau_r, w have an effect, bool [B, 4]
-    mean: torch.Tensor       # of the schedule, unconstrained, [B, 4]
-    action: torch.Tensor     # a_t, unconstrained, [B, 4]
+    mean: torch.Tensor       # the schedule's mean of it, [B, 4]
+    action: torch.Tensor     # pre-image of a_t, [B, 4]
     candidate: torch.Tensor  # a token drawn for every position, int64 [B, L]
     score: torch.Tensor      # by which candidates are ranked, -inf where not masked, [B, L]
     filled: torch.Tensor     # where the candidate was kept, bool [B, L]
@@ -355,7 +355,7 @@ def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood=
         log_confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
         gumbel = -torch.empty_like(log_confidence).exponential_().log()  # -log Exp(1)
         score = (log_confidence + tau_r[:, None] * gumbel).masked_fill(~masked, -math.inf)
-        left = (r * at_start + 1e-3).floor() * (t < T - 1)  # 1e-3: a 2.99999 is a 3
+        left = (r * at_start + 1e-3).floor() if t < T - 1 else 0  # 2.99999 is 3
         keep = (count - left).clamp(min=1)[:, None]
         rank = score.argsort(1, descending=True).argsort(1)  # 0 is the surest
         filled = (rank < keep) & masked
@@ -419,8 +419,8 @@ def surrogate(log_p, old, advantage, clip):
 def categorical_kl(log_p, log_q):
     """log_p, log_q [B, L, V] -> KL at every position [B, L].
 
-    The plain sum's gradient in log p is p (log p - log q) + p. Softmax cancels the last p up to
-    rounding, which Adam scales up where p = q. The -1 removes it, and the +1 mends the value.
+    -1 and +1 cancel in the value. Without them the gradient in log p has a term p that softmax
+    cancels up to rounding only, and where p = q, Adam would scale that rounding up.
     """
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + 1
 
@@ -429,7 +429,7 @@ def categorical_kl(log_p, log_q):
 def model_loss(l_c, l_u, reference_l_c, step, advantage, s, row):
     """One step's share of loss_theta, summed over the samples. Adds its diagnostics to row.
 
-    Each token has a ratio of its own: their product would leave the clip's range at once (ours).
+    Each token has a ratio of its own (ours): their product would leave the clip's range at once.
     Under `fill`, both log-probs are 0 where nothing was filled: a ratio of 1, and no gradient.
     The KL is on l_c, at the masked positions, so it does not see how l_u moves (ours).
     """
@@ -524,15 +524,15 @@ def exact_log_prob(logits, step):
     log_rate = log_rate.gather(2, candidate)[:, :, 0]  # [B, L]
     above = (-(-log_rate.exp()).expm1()).log()  # log(1 - exp(-rate))
     at = log_rate - log_rate.exp()  # log density, less the constant -log tau_r
-    above = above.scatter(1, last, at.gather(1, last))  # of the one at the threshold
+    kept = above.scatter(1, last, at.gather(1, last))  # `last` is at the threshold
 
-    factor = torch.where(step.filled, log_p_candidate + above, below)
+    factor = torch.where(step.filled, log_p_candidate + kept, below)
     all_kept = (step.filled == step.masked).all(1, keepdim=True)  # then there is no threshold
     return torch.where(all_kept, log_p_candidate, factor) * step.masked
 
 
 def schedule_share(schedule, statistics, t, T, step, advantage, s):
-    """-surrogate of a_t for loss_theta: theta moves its mean through the statistics."""
+    """-surrogate of a_t for loss_theta: theta moves a_t's mean through the statistics."""
     frozen = copy.deepcopy(schedule).requires_grad_(False)  # phi does not learn from this
     log_p = frozen.log_prob(frozen(statistics, t, T), step.action, step.acts)  # [B]
     gain = surrogate(log_p, step.old_schedule, advantage, s.clip)
@@ -602,7 +602,7 @@ def prepare(model, s, schedule=None):
 def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
     """Iteration i of Co-GRPO: (a row of the log, tokens int64 [B, L], cond [B, ...]).
 
-    It seeds torch from s, i, the rank and the number of processes, and from nothing else.
+    It seeds torch by s, i and rank, so that nothing drawn before matters and a run can resume.
     """
     rank, ranks = processes()
     torch.manual_seed((s.seed * s.iters + i) * ranks + rank)
@@ -614,7 +614,7 @@ def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
         which, turn = ("model", "schedule")[i % 2], i // 2
 
     mine = torch.arange(s.groups, device=conds.device).chunk(ranks)[rank]
-    cond = conds[(turn * s.groups + mine) % len(conds)]  # [groups, ...]
+    cond = conds[(turn * s.groups + mine) % len(conds)]  # one a group
     cond = cond.repeat_interleave(s.group_size, 0)       # [B, ...]
     micro = cond.split(s.micro_batch or len(cond))
     rollouts = [rollout(model, schedule, c, s.steps, likelihood=s.likelihood) for c in micro]
@@ -645,7 +645,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
 
     model(tokens int64 [B, L], cond [B, ...]) -> logits [B, L, V], with the attributes seq_len,
     mask_id and null_cond (None: no guidance). It is left as it is, but in eval mode.
-    reward_fn(tokens int64 [B, L], cond [B, ...]) -> float [B], finite.
+    reward_fn(tokens int64 [B, L], cond [B, ...]) -> float [B], finite. It must not change them.
     conds [C, ...]: the conditions of the groups, taken in turn, on the model's device.
     on_iteration(row, model, schedule, tokens, cond): called after each; may add to the log's row.
     schedule: see `prepare`. Returns (model, schedule, log), log a list of dicts of floats.

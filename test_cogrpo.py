@@ -221,8 +221,8 @@ def test_each_step_keeps_what_the_ratio_says_and_the_last_keeps_all(steps):
 
 
 def test_the_surest_candidates_are_kept():
-    """Without noise (tau_r = 0) no candidate that stays masked was surer than one that was kept."""
-    schedule = by_hand(lambda t, T: (1 - (t + 1) / T, 1.0, 0.0, 0.5))
+    """Without noise no candidate that stays masked was surer, at temperature 1, than a kept one."""
+    schedule = by_hand(lambda t, T: (1 - (t + 1) / T, 2.0, 0.0, 0.5))
     _, trajectory = rollout(a_model(), schedule, conds(64), 3, explore=False)
     for step in trajectory[:-1]:
         l_c, l_u = cogrpo.branches(a_model(), step.canvas, conds(64))
@@ -544,7 +544,7 @@ def test_ratios_clip_each_factor_against_the_rollouts_log_probs(likelihood):
 
 
 @pytest.mark.parametrize("likelihood", ["fill", "exact"])
-@pytest.mark.parametrize("size", [1, 5, 16])
+@pytest.mark.parametrize("size", [5, 16])
 def test_micro_batches_give_the_same_gradient(size, likelihood):
     """A larger model fits by fewer samples at a time. What it learns must not depend on them."""
     whole = one_update(a_model(), a_schedule(), a_model(seed=9), likelihood=likelihood, epochs=2)
@@ -563,7 +563,7 @@ def test_the_graph_of_a_step_is_freed_before_the_next():
         if output.requires_grad:
             alive.append(sum(ref() is not None for ref in outputs))
             outputs.append(weakref.ref(output))
-    model.register_forward_hook(watch)
+    model.norm.register_forward_hook(watch)  # the graph holds its output
     one_update(model, a_schedule(), a_model(), steps=6)
     assert len(alive) == 6 and max(alive) <= 1  # a name may still hold the last one's output
 
@@ -633,7 +633,7 @@ def test_the_learning_rates_fall_to_zero():
             reward=lambda x, c: torch.rand(len(x)), lr=0.01, schedule_lr=0.02)
     for factor, lr in ((0, 0.01), (1, 0.02)):
         moves = [float((seen[i + 1][factor] - seen[i][factor]).abs().max()) for i in range(19)]
-        assert max(moves) < 1.5 * lr and moves[-1] < 0.15 * lr
+        assert all(moves[i] < 1.5 * lr * (1 - (i + 1) / 20) for i in range(19))
         first = seen[0][factor] - weights((a_model(), Schedule())[factor])
         assert factor or float(first.abs().max()) == pytest.approx(lr, rel=0.01)
 
@@ -741,8 +741,8 @@ def test_a_wrong_reward_is_refused(reward, words):
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(ValueError, match="1..6"):
         sample(a_model(), a_schedule(), conds(2), 7)
-    with pytest.raises(ValueError, match="--lr 1e"):
-        trained(a_model(dtype=torch.float32), lr=1e30, reward=lambda x, c: torch.rand(len(x)))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        trained(a_model(dtype=torch.float32), lr=1e6, reward=lambda x, c: torch.rand(len(x)))
     for name, value in (("steps", 0), ("group_size", 1), ("lr", math.nan), ("update", "both"),
                         ("likelihood", "full"), ("seed", -1), ("spread", 0.0), ("iters", -1)):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {value}"):

@@ -351,3 +351,20 @@ def test_processes_and_seeds_never_share_their_draws():
             cogrpo.processes, torch.manual_seed = cogrpo_processes, manual
         seeds.update(seen)
     assert len(seeds) == 30
+
+
+def test_the_last_step_fills_all_even_where_the_model_gives_nan():
+    """So that a reward never sees [MASK], and the message about NaN comes, not a crash in it."""
+    model = a_model()
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    tokens = sample(model, a_schedule(), conds(4), 3)
+    assert (tokens < model.mask_id).all()
+
+
+def test_conditions_may_have_another_dtype_than_the_null_condition():
+    model = a_model()
+    model.null_cond = torch.tensor([3], device=DEVICE)
+    model.cond.register_forward_pre_hook(lambda module, args: args[0].long())
+    cogrpo.pretrain(model, torch.zeros(50, 6, dtype=torch.long, device=DEVICE),
+                    torch.zeros(50, dtype=torch.int32, device=DEVICE), steps=2)
