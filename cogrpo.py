@@ -234,7 +234,7 @@ def canvas_statistics(log_p, masked):
     for x in (confidence, entropy):
         mean = (x * masked).sum(1) / count
         variance = ((x - mean[:, None]).square() * masked).sum(1) / count
-        columns += [mean, (variance + 1e-6).sqrt()]  # sqrt has no gradient at 0
+        columns += [mean, (variance + 1e-6).sqrt()]  # the root's gradient is infinite at 0
     return torch.stack(columns, 1)
 
 
@@ -285,7 +285,7 @@ class Step:
     canvas: torch.Tensor     # x_t, int64 [B, L]
     masked: torch.Tensor     # where x_t is [MASK], bool [B, L]
     acts: torch.Tensor       # which of r, tau_s, tau_r, w have an effect, bool [B, 4]
-    mean: torch.Tensor       # the schedule's mean of it, [B, 4]
+    mean: torch.Tensor       # of the schedule, unconstrained, [B, 4]
     action: torch.Tensor     # pre-image of a_t, [B, 4]
     candidate: torch.Tensor  # a token drawn for every position, int64 [B, L]
     score: torch.Tensor      # by which candidates are ranked, -inf where not masked, [B, L]

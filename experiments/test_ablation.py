@@ -178,6 +178,8 @@ def test_intervals_against_numbers():
 
 def test_the_whole_ablation_on_a_small_world(small, capsys):  # noqa: F811
     """Nothing stubbed: three arms, the tables and the pictures."""
+    ablation.main(["--data=drawn", "--device=cpu", "--quick", "--worlds=1", "--arms", "hand-made"])
+    assert "run joint and hand-made" in capsys.readouterr().out
     ablation.main(["--data=drawn", "--device=cpu", "--quick", "--worlds=1", "--arms", "hand-made",
                    "joint", "schedule only, blind"])
     assert "| joint, T = 4 | 1 |" in capsys.readouterr().out
