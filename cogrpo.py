@@ -1,124 +1,99 @@
 """Co-GRPO: a masked diffusion model and its inference schedule, optimised together by GRPO.
 
-A masked diffusion model (MDM) is trained in one step: hide some tokens, guess them. It is used in
-T steps: guess all [MASK] tokens, keep the surest guesses, and guess the rest again. How many are
-kept and how boldly they are drawn is decided by a schedule that somebody made by hand. Co-GRPO
-(arXiv 2512.22288) calls the T steps one Markov decision process in which the model and the
-schedule both act, and trains both on the reward of the finished sample:
+A masked diffusion model (MDM) learns to predict hidden tokens in one step. It generates in T steps:
+predict every [MASK], keep the most confident predictions, repeat. A schedule, set by hand, says how
+many are kept and how boldly they are drawn; training never sees it. Co-GRPO (arXiv 2512.22288)
+calls the T steps one Markov decision process in which the model and the schedule both act, and
+trains both on the reward of the finished sample:
 
     canvas x_t ----> schedule p_phi ----> action a_t = (r, tau_s, tau_r, w)
      ^     |                                 |
      |     +-------> model p_theta <---------+
      |                     |
-     +---- x_{t+1} <---- a token for every gap, of which the surest are kept
+     +---- x_{t+1} <---- a candidate for every [MASK], of which the most confident are kept
 
     x_T ----> reward R ----> advantage within a group of G samples ----> update of theta and phi
 
-From PPO to GRPO: there is no value network. G samples of one condition form a group, and the
-advantage of a sample is its z-score in the group, (R - mean) / std. The one reward at the end is
-credited to every step and every token alike. From GRPO to Co-GRPO: the policy of a step is
-p_phi(a_t | x_t, c) times p_theta(filled tokens | a_t, x_t, c), and both factors learn.
+    maximise    J(theta, phi) = E[R(x_T, c)]
+    policy      pi_t = p_phi(a_t | x_t, c) * product over the filled tokens of p_theta(token | ...)
+    gradient    E[sum_t A-hat grad log pi_t]. It is grad J but for two things that depend on theta,
+                too: which candidates were kept, and what the schedule saw. The paper's figure
+                leaves them out, and so does this file (experiments/exact.py has them).
 
     c           the condition              B, G    samples in a rollout, and in a group
     x_t         the canvas at step t       L, V    tokens in a sample, and in the vocabulary
     a_t         the schedule's action      T, t    steps, and the step: 0 .. T-1
     r           re-mask ratio: after the step, floor(r L) of the L tokens are still masked
-    tau_s       sampling temperature: tokens are drawn from softmax(logits / tau_s)
-    tau_r       re-mask temperature: the noise in the ranking that says which tokens are kept
+    tau_s       sampling temperature: candidates are drawn from softmax(logits / tau_s)
+    tau_r       re-mask temperature: scale of the noise in the ranking of the candidates
     w           guidance scale: logits = l_c + w (l_c - l_u)
     l_c, l_u    the model's logits under the condition, and under the null condition
-    A-hat       the advantage              s, row  the Settings, and a row of the log
+    A-hat       the advantage              s       the Settings
 
-The paper's code is not public; this follows its abstract and project page. Ours are joint updates
-as the default (the paper's take turns: --update alternate), the Gaussian's fixed spread, what the
-schedule sees of the canvas, a ratio per token and one for the schedule, the KL on l_c, the exact
-likelihood, and the toy world. The method ends with `train`.
-
-    python cogrpo.py                                   pretrain, Co-GRPO, measure, draw
-    python cogrpo.py --quick                           the same, small
-    python cogrpo.py --load out/cogrpo.pt --steps 8    measure a result at another T
-    torchrun --nproc_per_node=2 cogrpo.py              the groups split over two processes
+From the paper's abstract, page and figure: the decision process, the two policies and their
+likelihoods, the four numbers of a_t, the group advantage, updates of theta and phi in turns.
+From AdaNAT and AdaGen: sigmoid and softplus, a residual on the hand-made schedule that starts at 0.
+Ours: joint updates (the page calls them unstable), the Gaussian's fixed std, what the schedule
+observes, one ratio a token and one an action, both KLs, the scale of the losses, the toy world.
+The page links the authors' code. We could not reach it: nothing here was checked against it.
 """
 import argparse
 import copy
-import hashlib
-import inspect
 import math
 import os
 import sys
-import tempfile
+import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave a busy machine's cores
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
-# -------------------------------- settings
+BANNED = -1e30  # the logit of a token that is never drawn; finite, since 0 * -inf is NaN
 
-def setting(default, help):
-    return field(default=default, metadata={"help": help})
+# -------------------------------- settings
+class UserError(ValueError):
+    """What the user can put right. The command line prints it without a traceback."""
+
+
+def setting(default, help, low=0, high=10 ** 9):
+    """A field of Settings with its help text and its range."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
 @dataclass
 class Settings:
     """Settings of Co-GRPO; each is a flag of the command line, too."""
-    update: str = setting("joint", "what learns: joint, alternate (paper), model, schedule")
-    likelihood: str = setting("fill", "fill (paper) or exact (ours, not for tau_r near 0)")
-    steps: int = setting(4, "T, decoding steps of a sample")
-    iters: int = setting(50, "iterations: one rollout and its update each")
-    groups: int = setting(10, "groups in a rollout; a group shares its condition")
-    group_size: int = setting(12, "G, samples in a group")
-    epochs: int = setting(1, "updates on each rollout")
-    lr: float = setting(2e-3, "learning rate of the model, falling to 0")
-    schedule_lr: float = setting(2e-2, "learning rate of the schedule, falling to 0")
+    optimize: str = setting("joint", "what learns: joint, alternate (paper), model or schedule")
+    steps: int = setting(4, "T, decoding steps of a sample", low=1)
+    iters: int = setting(50, "iterations: a rollout and its updates; 0 only measures")
+    groups: int = setting(10, "groups in a rollout; a group shares its condition", low=1)
+    group_size: int = setting(12, "G, samples in a group", low=2)
+    epochs: int = setting(1, "updates on each rollout", low=1)
+    lr: float = setting(2e-3, "learning rate of the model, falling to 0", high=1)
+    schedule_lr: float = setting(2e-2, "learning rate of the schedule, falling to 0", high=1)
     clip: float = setting(0.2, "PPO: no gain from moving a ratio out of 1 - clip .. 1 + clip")
-    kl_model: float = setting(4.0, "weight of KL(model || pretrained)")
-    kl_schedule: float = setting(0.05, "weight of KL(schedule || hand-made)")
-    grad_norm: float = setting(1.0, "the gradient of each factor is clipped to this norm")
-    spread: float = setting(0.3, "standard deviation of the schedule's exploration")
-    micro_batch: int = setting(0, "samples in one pass, to save memory (0: the whole rollout)")
+    beta: float = setting(4.0, "weight of KL(model || pretrained)")
+    schedule_beta: float = setting(0.05, "weight of KL(schedule || hand-made)")
+    action_std: float = setting(0.3, "std of a_t in training, whatever learns", low=1e-6)
+    micro_groups: int = setting(0, "groups in one pass, to save memory (0: all)")
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self):
-        if self.update not in ("joint", "alternate", "model", "schedule"):
-            raise ValueError(f"--update {self.update}: must be joint, alternate, model or schedule")
-        if self.likelihood not in ("fill", "exact"):
-            raise ValueError(f"--likelihood {self.likelihood}: must be fill or exact")
-        lowest = {"steps": 1, "iters": 1, "groups": 1, "epochs": 1, "group_size": 2, "spread": 1e-6}
-        for f in fields(self)[2:]:  # the numbers
-            value, low = getattr(self, f.name), lowest.get(f.name, 0)
-            if not low <= value < 2 ** 32:  # NaN fails, too
-                raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be in {low}..2^32")
+        if self.optimize not in ("joint", "alternate", "model", "schedule"):
+            raise UserError(f"optimize={self.optimize}: joint, alternate, model or schedule?")
+        for f in fields(self)[1:]:
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if not low <= value <= high:  # NaN fails, too
+                raise UserError(f"{f.name}={value}: must be in {low}..{high}")
 
 
-# -------------------------------- the masked diffusion model
-
-class Block(nn.Module):
-    """A pre-norm transformer block without a causal mask: x float [B, L, D] -> [B, L, D]."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        nn.init.zeros_(self.proj.weight)  # a block starts as the identity: faster to train
-        nn.init.zeros_(self.mlp[2].weight)
-
-    def forward(self, x):
-        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1))  # [B, L, 3, H, D / H]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                             # each [B, H, L, D / H]
-        attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.proj(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
+# -------------------------------- the masked diffusion model, p_theta
 class MDM(nn.Module):
     """A small masked diffusion model: tokens int64 [B, L], cond int64 [B] -> logits [B, L, V].
 
@@ -131,72 +106,62 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim)
+        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout=0.0, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        nn.init.zeros_(layer.self_attn.out_proj.weight)  # x passes unchanged at first: this
+        nn.init.zeros_(layer.linear2.weight)             # is faster to train
+        self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim),
+                                            enable_nested_tensor=False)
         self.head = nn.Linear(dim, vocab_size)
         nn.init.normal_(self.token.weight, std=0.02)
         nn.init.normal_(self.cond.weight, std=0.02)
 
     def forward(self, tokens, cond):
-        bf16 = tokens.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
-            x = self.token(tokens) + self.cond(cond)[:, None] + self.position  # [B, L, D]
-            return self.head(self.norm(self.blocks(x)))
+        x = self.token(tokens) + self.cond(cond)[:, None] + self.position  # [B, L, D]
+        return self.head(self.blocks(x))
 
 
 def logits_of(model, tokens, cond):
-    """The model's logits [B, L, V], in float32 at least, and -1e30 for -inf and for [MASK].
-
-    Every forward pass of every model goes through here. ValueError if the devices differ.
-    """
-    device = next(model.parameters(), tokens).device  # a model may have no parameters
-    if not tokens.device == cond.device == device:
-        raise ValueError(f"the model is on {device}, its tokens are on {tokens.device}, the "
-                         f"conditions on {cond.device}: move them to one device")
-    logits = model(tokens, cond)
+    """Any model's logits [B, L, V] in float32 at least. [MASK] and tokens at -inf are BANNED."""
+    if torch.is_autocast_enabled(tokens.device.type):
+        raise UserError("torch.autocast around the loop keeps old weights: use it in forward()")
+    logits = model(tokens.clone(), cond.clone())  # the model may write into its input
+    if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
+        raise UserError("model: must return its logits, one tensor [B, L, V]")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    is_mask = torch.arange(logits.shape[2], device=logits.device) == model.mask_id
-    # Some models have [MASK] among their V tokens. -1e30 bans as -inf does, but is finite.
-    return logits.masked_fill(is_mask | (logits < -1e30), -1e30)
+    logits = logits.clamp(min=BANNED)
+    if model.mask_id < logits.shape[2]:  # some models count [MASK] among their V tokens
+        logits[:, :, model.mask_id] = BANNED
+    return logits
 
 
 def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     """Single-step masked prediction, as in BERT and MaskGIT. Trains `model` in place.
 
-    A share cos(pi U / 2) of the tokens, U uniform, is hidden. A share `drop` of the conditions
-    becomes the null condition, for the l_u of guidance.
-    tokens int64 [N, L], cond [N, ...]. Returns the mean loss of the last 100 steps.
+    tokens int64 [N, L], cond [N, ...]. Each token of a row is masked with probability cos(pi U / 2),
+    U uniform; a fraction `drop` of cond becomes null, for guidance. Returns the last batch's loss.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     device = tokens.device
-    losses = []
-    for _ in tqdm(range(steps), "pretraining", unit="step"):
+    for _ in tqdm(range(steps), "pretraining", unit="step", disable=None):
         rows = torch.randint(len(tokens), (batch,), device=device)
         target, c = tokens[rows], cond[rows]  # [batch, L], [batch, ...]
         if model.null_cond is not None:
-            null = torch.zeros_like(c) + model.null_cond
             dropped = torch.rand(batch, device=device) < drop
-            c[dropped] = null[dropped].to(c)
+            c[dropped] = torch.as_tensor(model.null_cond).to(c)
         ratio = torch.cos(torch.rand(batch, 1, device=device) * math.pi / 2)
-        rank = torch.rand(target.shape, device=device).argsort(1).argsort(1)  # random ranks
-        masked = rank < (ratio * model.seq_len).ceil()  # an exact count, at least one
+        masked = torch.rand(target.shape, device=device) < ratio  # [batch, L]
         logits = logits_of(model, target.masked_fill(masked, model.mask_id), c)
         loss = F.cross_entropy(logits[masked], target[masked])
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rate.step()
-        losses.append(loss.detach())
-    return float(torch.stack(losses[-100:]).mean())
+    return loss.item()
 
 
-# -------------------------------- the schedule, p_phi
-
-FLOOR = 1e-6  # sigmoid and softplus never reach 0: a hand-made 0 becomes this
-
-
+# -------------------------------- the scheduling policy, p_phi
 def hand_made(t, T):
     """The usual schedule of MaskGIT-style samplers: (r, tau_s, tau_r, w) at step t = 0..T-1."""
     u = (t + 1) / T
@@ -204,440 +169,343 @@ def hand_made(t, T):
 
 
 def constrain(action):
-    """An unconstrained action [..., 4] -> (r, tau_s, tau_r, w), each [...]. (AdaNAT's choice)"""
-    r = action[..., 0].sigmoid()
-    tau_s, tau_r, w = F.softplus(action[..., 1:]).unbind(-1)
-    return r, tau_s, tau_r, w
+    """Unconstrained [..., 4] -> r (sigmoid), tau_s, tau_r, w (softplus): [..., 4]. (AdaNAT's)"""
+    return torch.cat([action[..., :1].sigmoid(), F.softplus(action[..., 1:])], -1)
 
 
-def unconstrain(r, tau_s, tau_r, w):
-    """Four floats -> their pre-images under `constrain`, a list of four floats."""
-    r = min(max(r, FLOOR), 1 - FLOOR)
-    action = [math.log(r / (1 - r))]
-    for x in (tau_s, tau_r, w):
-        x = max(x, FLOOR)
-        action.append(x + math.log(-math.expm1(-x)))  # log(e^x - 1) without overflow
-    return action
+def unconstrain(values):
+    """The inverse of `constrain`, of four floats: [4]. 0 has none and counts as 1e-6."""
+    x = torch.tensor(values, dtype=torch.float64)
+    r, positive = x[:1].logit(1e-6), x[1:].clamp(min=1e-6)
+    return torch.cat([r, positive + (-torch.expm1(-positive)).log()])
 
 
-def canvas_statistics(log_p, masked):
-    """What the schedule sees of a canvas and its condition: float [B, 5]. (ours)
+def observe(l_c, masked):
+    """What the schedule sees of a canvas and its condition: float [B, 3]. (ours)
 
-    The masked share, then mean and std over the masked positions of the confidence (the largest
-    probability) and of the entropy / log V. Any MDM has these, whatever its L and V.
-    log_p float [B, L, V] is log softmax(l_c); masked bool [B, L].
+    The masked fraction, and means over the masked positions of the largest probability and of the
+    entropy / log V: all that any model has. l_c float [B, L, V], masked bool [B, L].
     """
-    confidence = log_p.amax(2).exp()                                    # [B, L]
+    log_p = l_c.log_softmax(2)                                          # [B, L, V]
+    largest = log_p.amax(2).exp()                                       # [B, L]
     entropy = -(log_p.exp() * log_p).sum(2) / math.log(log_p.shape[2])  # [B, L]
-    count = masked.sum(1).clamp(min=1)                                  # [B]
-    columns = [masked.to(log_p.dtype).mean(1)]
-    for x in (confidence, entropy):
-        mean = (x * masked).sum(1) / count
-        variance = ((x - mean[:, None]).square() * masked).sum(1) / count
-        columns += [mean, (variance + 1e-6).sqrt()]  # the root's gradient is infinite at 0
-    return torch.stack(columns, 1)
+    count = masked.sum(1)                                               # [B]
+    means = [(x * masked).sum(1) / count.clamp(min=1) for x in (largest, entropy)]
+    return torch.stack([count / masked.shape[1], *means], 1)
 
 
 class Schedule(nn.Module):
-    """p_phi(a_t | x_t, c) = Normal(hand-made + residual, spread), in the unconstrained space.
+    """p_phi(a_t | x_t, c) = Normal(hand-made + residual, std), in the unconstrained space.
 
     The residual's last layer starts at zero, so a new Schedule is the hand-made one. Its inputs
-    are the statistics and u = (t + 1) / T, so a schedule trained at one T runs at any other.
-    hand_made(t, T) returns four floats: r, tau_s, tau_r, w.
+    are the observation and u = (t + 1) / T, so a schedule trained at one T runs at any other.
+    hand_made(t, T) returns four floats, r in 0..1 and tau_s, tau_r, w at least 0. It and std are
+    not in the state_dict: load that into a Schedule with the same.
     """
 
-    def __init__(self, spread=0.3, hidden=32, hand_made=hand_made):
+    def __init__(self, hand_made=hand_made, std=0.3, hidden=32):
         super().__init__()
-        self.spread = spread
         self.hand_made = hand_made
-        self.residual = nn.Sequential(nn.Linear(6, hidden), nn.SiLU(), nn.Linear(hidden, 4))
+        self.std = std
+        self.residual = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, 4)).float()
         nn.init.zeros_(self.residual[2].weight)
         nn.init.zeros_(self.residual[2].bias)
 
-    def prior(self, t, T, like):
-        """The hand-made action at step t, unconstrained: [4], dtype and device of `like`."""
-        action = unconstrain(*self.hand_made(t, T))
-        return torch.stack([like.new_full((), x) for x in action])  # no wait for a GPU
-
-    def forward(self, statistics, t, T):
-        """statistics float [B, 5] -> the mean of the action, unconstrained: [B, 4]."""
-        u = torch.full_like(statistics[:, :1], (t + 1) / T)
-        x = torch.cat([statistics, u], 1)  # [B, 6]
-        return self.prior(t, T, x) + self.residual(x)
-
-    def log_prob(self, mean, action, acts):
-        """log Normal(action; mean, spread), summed where `acts` (see Step): [B]."""
-        z = (action - mean) / self.spread
-        log_p = -0.5 * z.square() - math.log(self.spread * math.sqrt(2 * math.pi))
-        return (log_p * acts).sum(1)
-
-    def kl(self, mean, prior, acts):
-        """KL(p_phi || hand-made), likewise: [B]. Both have the same spread."""
-        z = (mean - prior) / self.spread
-        return (0.5 * z.square() * acts).sum(1)
+    def forward(self, observation, t, T):
+        """observation [B, 3] -> p_phi and the hand-made policy, two Normals over [B, 4]."""
+        values = self.hand_made(t, T)
+        if not (len(values) == 4 and values[0] <= 1 and all(0 <= x < math.inf for x in values)):
+            raise UserError(f"hand_made({t}, {T}) = {values}: needs r in 0..1, the others >= 0")
+        u = torch.full_like(observation[:, :1], (t + 1) / T)
+        residual = self.residual(torch.cat([observation, u], 1).to(self.residual[0].weight))
+        by_hand = unconstrain(values).to(residual).expand_as(residual)  # [B, 4]
+        p_phi = Normal(by_hand + residual, self.std, validate_args=False)
+        return p_phi, Normal(by_hand, self.std, validate_args=False)
 
 
-# -------------------------------- the rollout
-
+# -------------------------------- trajectory collection
 @dataclass
 class Step:
-    """One step of a rollout of B samples: all that scoring it again needs, without a graph."""
-    canvas: torch.Tensor     # x_t, int64 [B, L]
-    masked: torch.Tensor     # where x_t is [MASK], bool [B, L]
-    acts: torch.Tensor       # which of r, tau_s, tau_r, w have an effect, bool [B, 4]
-    mean: torch.Tensor       # of the schedule, unconstrained, [B, 4]
-    action: torch.Tensor     # pre-image of a_t, [B, 4]
-    candidate: torch.Tensor  # a token drawn for every position, int64 [B, L]
-    score: torch.Tensor      # by which candidates are ranked, -inf where not masked, [B, L]
-    filled: torch.Tensor     # where the candidate was kept, bool [B, L]
-    old_model: torch.Tensor = None     # log-probs of the model at the rollout, [B, L]
-    old_schedule: torch.Tensor = None  # log-prob of the schedule at the rollout, [B]
+    """What happened to B samples in step t of T."""
+    t: int
+    T: int
+    canvas: torch.Tensor       # x_t, int64 [B, L]
+    masked: torch.Tensor       # where x_t is [MASK], bool [B, L]
+    observation: torch.Tensor  # what the schedule saw, [B, 3]
+    action: torch.Tensor       # a_t, unconstrained, [B, 4]
+    has_effect: torch.Tensor   # r, tau_r: not in the last step; w: with guidance; bool [4]
+    candidate: torch.Tensor    # a token drawn for every position, int64 [B, L]
+    confidence: torch.Tensor   # by which the candidates were ranked, [B, L]
+    filled: torch.Tensor       # where the candidate was kept, bool [B, L]
+    old_log_theta: torch.Tensor = None  # [B, L], log-probs before the first update; it notes them
+    old_log_phi: torch.Tensor = None    # [B], likewise
 
 
-def branches(model, tokens, cond):
+def cond_uncond(model, tokens, cond):
     """l_c and l_u, each [B, L, V], from one pass of 2B rows. Without guidance l_u is None."""
     if model.null_cond is None:
         return logits_of(model, tokens, cond), None
-    null = torch.zeros_like(cond) + model.null_cond
+    null = torch.as_tensor(model.null_cond).to(cond).expand_as(cond)  # [B, ...]
     return logits_of(model, tokens.repeat(2, 1), torch.cat([cond, null])).chunk(2)
 
 
 def guided_logits(l_c, l_u, w):
-    """Classifier-free guidance: l_c + w (l_c - l_u), for w [B]."""
+    """Classifier-free guidance: l_c + w (l_c - l_u), for w [B]. Without guidance l_c."""
     if l_u is None:
         return l_c
-    return l_c + w[:, None, None] * (l_c - l_u)
+    logits = l_c + w[:, None, None] * (l_c - l_u)
+    return logits.masked_fill(l_u <= BANNED, BANNED)  # and what l_c bans is far below 0 anyway
 
 
-def draw(logits):
-    """A token for every position from softmax(logits [B, L, V]), by inverting the CDF: [B, L]."""
-    probs = logits.softmax(2)
-    cdf = probs.cumsum(2)
-    level = cdf[:, :, -1:] * torch.rand_like(cdf[:, :, -1:])  # [B, L, 1]
-    token = torch.searchsorted(cdf, level, right=True).clamp(max=logits.shape[2] - 1)
-    possible = probs.gather(2, token) > 0  # rounding can land on a token of probability 0
-    return torch.where(possible, token, logits.argmax(2, keepdim=True))[:, :, 0]
+def gumbel_like(x):
+    """Standard Gumbel noise. argmax(logits + noise) is a draw from softmax(logits)."""
+    return -(-torch.rand_like(x).clamp(min=1e-20).log()).log()
 
 
 @torch.no_grad()
-def rollout(model, schedule, cond, steps, tokens=None, explore=True, likelihood="fill"):
-    """Fill canvases in T steps. cond [B, ...] -> (tokens int64 [B, L], a list of T `Step`s).
+def rollout(model, schedule, cond, T, tokens=None, explore=True):
+    """Fill canvases in T steps: cond [B, ...] -> (tokens int64 [B, L], a list of T `Step`s).
 
-    tokens: canvases to start from, int64 [B, L], with gaps of mask_id. r is a share of the gaps.
-    explore: draw the schedule's action; otherwise take its mean, and keep no log-probs.
-    ValueError if T is not in 1..L.
+    tokens: canvases to start from, int64 [B, L], of which mask_id is to be filled; r is then a
+    ratio of what is masked at the start, not of L. explore: draw the action, or take its mean.
     """
-    L, T = model.seq_len, steps
-    if not 1 <= T <= L:
-        raise ValueError(f"--steps {T}: must be in 1..{L}, the number of tokens")
-    canvas = tokens
-    if canvas is None:
-        canvas = torch.full((len(cond), L), model.mask_id, device=cond.device)
-    at_start = (canvas == model.mask_id).sum(1)  # [B]
+    if tokens is None:
+        tokens = torch.full((len(cond), model.seq_len), model.mask_id, device=cond.device)
+    masked_at_start = (tokens == model.mask_id).sum(1)  # [B]
     trajectory = []
     for t in range(T):
-        masked = canvas == model.mask_id  # [B, L]
-        count = masked.sum(1)             # [B]
+        masked = tokens == model.mask_id  # [B, L]
 
-        # 1. The schedule sees how sure the model is of the gaps, and chooses its action.
-        l_c, l_u = branches(model, canvas, cond)
-        mean = schedule(canvas_statistics(l_c.log_softmax(2), masked), t, T)
-        action = mean
-        if explore:
-            action = mean + schedule.spread * torch.randn_like(mean)
-        r, tau_s, tau_r, w = constrain(action)  # each [B]
+        # 1. The schedule observes how confident the model is, and chooses its action.
+        l_c, l_u = cond_uncond(model, tokens, cond)
+        observation = observe(l_c, masked)
+        p_phi, _ = schedule(observation, t, T)
+        action = p_phi.sample() if explore else p_phi.mean
+        r, tau_s, tau_r, w = constrain(action).unbind(1)  # each [B]
 
-        # 2. The model proposes a token for every gap.
+        # 2. The model draws a candidate for every position.
         logits = guided_logits(l_c, l_u, w)
-        candidate = draw(logits / tau_s[:, None, None])  # [B, L]
+        tempered = logits / tau_s[:, None, None]
+        candidate = (tempered + gumbel_like(tempered)).argmax(2)  # [B, L]
 
-        # 3. The surest (at temperature 1) are kept, at least one. The last step keeps all.
-        log_confidence = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]
-        gumbel = -torch.empty_like(log_confidence).exponential_().log()  # -log Exp(1)
-        score = (log_confidence + tau_r[:, None] * gumbel).masked_fill(~masked, -math.inf)
-        left = (r * at_start + 1e-3).floor() if t < T - 1 else 0  # 2.99999 is 3
-        keep = (count - left).clamp(min=1)[:, None]
-        rank = score.argsort(1, descending=True).argsort(1)  # 0 is the surest
-        filled = (rank < keep) & masked
+        # 3. The masked positions are ranked by log-probability (without tau_s) plus noise. The best
+        #    are kept, at least one, so that floor(r L) stay masked. The last step keeps all.
+        log_p = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]  # [B, L]
+        confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
+        rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the most confident
+        left = (r * masked_at_start + 1e-3).floor()               # 2.9999 is 3
+        keep = (masked.sum(1) - left).clamp(min=1)                # [B]
+        filled = masked & (rank < keep[:, None]) if t < T - 1 else masked
 
-        # Score only what can have an effect: not r and tau_r where the step must fill all.
-        some = count > 0
-        choice = (count > 1) & (t < T - 1)
-        acts = torch.stack([choice, some, choice, some & (l_u is not None)], 1)
-
-        step = Step(canvas, masked, acts, mean, action, candidate, score, filled)
-        if explore:
-            step.old_model = LOG_PROB[likelihood](logits, step)  # default: fill_log_prob
-            step.old_schedule = schedule.log_prob(mean, action, acts)
-        trajectory.append(step)
-        canvas = torch.where(filled, candidate, canvas)
-    return canvas, trajectory
+        has_effect = cond.new_tensor([t < T - 1, True, t < T - 1, l_u is not None], dtype=bool)
+        trajectory.append(Step(t, T, tokens, masked, observation, action, has_effect, candidate,
+                               confidence, filled))
+        tokens = torch.where(filled, candidate, tokens)
+    return tokens, trajectory
 
 
-def sample(model, schedule, cond, steps, tokens=None):
-    """`rollout` with the schedule's mean action: samples int64 [B, L] for cond [B, ...]."""
-    return rollout(model, schedule, cond, steps, tokens, explore=False)[0]
+def sample(model, schedule, cond, T, tokens=None):
+    """`rollout` without the schedule's exploration: samples int64 [B, L] for cond [B, ...]."""
+    return rollout(model, schedule, cond, T, tokens, explore=False)[0]
 
 
-# -------------------------------- advantage, likelihood, update
+# -------------------------------- group advantage
+@torch.no_grad()
+def evaluate(reward_fn, tokens, cond):
+    """R of each sample, float32 [B], on the device of cond. UserError if it is not B numbers."""
+    reward = reward_fn(tokens.clone(), cond.clone())  # it may write into them
+    R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
+    if R.shape != cond.shape[:1] or not R.isfinite().all():
+        raise UserError(f"reward_fn: must return {len(cond)} finite numbers, one a sample")
+    return R.detach()
 
-# A-hat = (R - mean) / (std + 1e-4), of each group of G neighbours
+
 def group_advantage(reward, group_size):
-    """reward float [B] -> advantage [B]. Equal rewards give exactly 0, not their rounding noise."""
-    R = reward.to(torch.promote_types(reward.dtype, torch.float32)).view(-1, group_size)
-    advantage = (R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4)
-    equal = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
-    return advantage.masked_fill(equal, 0).flatten()
+    """A-hat = (R - mean) / std in each group of G neighbours: [B] -> [B].
 
-
-# log p_theta(filled tokens | a_t, x_t, c) = sum of log softmax(logits / tau_s)[token]
-def fill_log_prob(logits, step):
-    """The paper's likelihood: guided logits [B, L, V] -> log p of each filled token, else 0 [B, L].
-
-    Which tokens were kept depends on theta, too. The paper leaves that out, and so do we here:
-    the gradient is biased. `exact_log_prob` has it all.
+    Rewards that are equal but for rounding have no order to learn from: A-hat is exactly 0.
     """
-    _, tau_s, _, _ = constrain(step.action)
-    log_p = (logits / tau_s[:, None, None]).log_softmax(2)        # [B, L, V]
-    log_p = log_p.gather(2, step.candidate[:, :, None])[:, :, 0]  # [B, L]
-    return log_p * step.filled
+    R = reward.view(-1, group_size)  # [B / G, G]
+    std = R.std(1, keepdim=True)
+    equal = std <= 1e-6 * R.abs().amax(1, keepdim=True)
+    A_hat = (R - R.mean(1, keepdim=True)) / std
+    return A_hat.masked_fill(equal, 0).flatten()
 
 
-# surrogate = min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat), ratio = p_now / p_rollout
-def surrogate(log_p, old, advantage, clip):
-    """PPO's clipped objective, elementwise.
+# -------------------------------- policy likelihood
+def model_likelihood(l_c, l_u, step):
+    """log p_theta(candidate | a_t, x_t, c) at every position: [B, L].
 
-    With one update per rollout (--epochs 1) the weights are still those of the rollout, so every
-    ratio is exactly 1 and the clip does nothing. It is there for a second update.
+        log p_theta = log softmax(guided logits / tau_s)[candidate]
     """
-    ratio = (log_p - old).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    return torch.minimum(ratio * advantage, clipped * advantage)
+    _, tau_s, _, w = constrain(step.action).unbind(1)
+    tempered = guided_logits(l_c, l_u, w) / tau_s[:, None, None]
+    return tempered.log_softmax(2).gather(2, step.candidate[:, :, None])[:, :, 0]
 
 
-# KL(p || q) = sum_v p(v) (log p(v) - log q(v))
-def categorical_kl(log_p, log_q):
-    """log_p, log_q [B, L, V] -> KL at every position [B, L].
+def schedule_likelihood(p_phi, step):
+    """log p_phi(a_t | x_t, c): [B], a sum over those of r, tau_s, tau_r, w that have an effect.
 
-    -1 and +1 cancel in the value. Without them the gradient in log p has a term p that softmax
-    cancels up to rounding only, and where p = q, Adam would scale that rounding up.
+    To score the others would add noise to the gradient, and nothing else.
     """
-    return (log_p.exp() * (log_p - log_q - 1)).sum(2) + 1
+    return (p_phi.log_prob(step.action) * step.has_effect).sum(1)
 
 
-# loss_theta = mean over samples of sum_t sum_tokens [-surrogate + kl_model KL(p || pretrained)] / L
-def model_loss(l_c, l_u, reference_l_c, step, advantage, s, row):
-    """One step's share of loss_theta, summed over the samples. Adds its diagnostics to row.
+# -------------------------------- policy optimization
+def surrogate(log_p, old_log_p, advantage, clip):
+    """PPO: min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat), ratio = p_now / p_rollout.
 
-    Each token has a ratio of its own (ours): their product would leave the clip's range at once.
-    Under `fill`, both log-probs are 0 where nothing was filled: a ratio of 1, and no gradient.
-    The KL is on l_c, at the masked positions, so it does not see how l_u moves (ours).
+    In the first update after a rollout every ratio is 1 and the clip does nothing (see --epochs).
     """
-    _, _, _, w = constrain(step.action)
-    log_p = LOG_PROB[s.likelihood](guided_logits(l_c, l_u, w), step)       # [B, L]
-    gain = surrogate(log_p, step.old_model, advantage[:, None], s.clip)    # [B, L]
-    kl = categorical_kl(l_c.log_softmax(2), reference_l_c.log_softmax(2))  # [B, L]
-    kl = (kl * step.masked).sum()
-    L = log_p.shape[1]
-    add_diagnostics(row, "model", log_p, step.old_model, kl, s.clip, L)
-    return (s.kl_model * kl - gain.sum()) / L
+    ratio = (log_p - old_log_p).exp()
+    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-# loss_phi = mean over samples of sum_t [-surrogate + kl_schedule KL(p_phi || hand-made)] / T
-def schedule_loss(schedule, statistics, t, T, step, advantage, s, row):
-    """One step's share of loss_phi, summed over the samples. statistics [B, 5]."""
-    mean = schedule(statistics, t, T)
-    log_p = schedule.log_prob(mean, step.action, step.acts)        # [B]
-    gain = surrogate(log_p, step.old_schedule, advantage, s.clip)  # [B]
-    kl = schedule.kl(mean, schedule.prior(t, T, mean), step.acts).sum()
-    add_diagnostics(row, "schedule", log_p, step.old_schedule, kl, s.clip, T)
-    return (s.kl_schedule * kl - gain.sum()) / T
+def categorical_kl(l_p, l_q):
+    """KL(p || q) = sum_v p log(p / q) - p + q, of two logits [B, L, V]: [B, L].
 
-
-def add_diagnostics(row, name, log_p, old, kl, clip, n):
-    """Add a step's KL, and how far its ratios are from 1, to row. n: the loss's divisor, L or T."""
-    log_ratio = (log_p - old).detach()
-    moved = log_ratio.expm1()  # ratio - 1
-    row["kl_" + name] += kl.detach() / n
-    row["approx_kl_" + name] += (moved - log_ratio).sum() / n  # estimates KL(old || new)
-    row["clip_" + name] += (moved.abs() > clip).sum() / n
-
-
-def update(model, schedule, reference, optimizer, micro_batches, s, which="joint"):
-    """Score a rollout again, step by step, and take a gradient step: s.epochs times.
-
-    No gradient goes through the generation. Each step's graph is freed before the next is made,
-    so activations do not grow with T.
-    micro_batches: a list of (trajectory, cond, advantage), the rollout in one part or more.
-    which: joint, model or schedule. Returns diagnostics of the last epoch, a dict of tensors.
+    The last two cancel. They are there so that the gradient at p = q is exactly 0, and not rounding
+    noise that Adam would scale up. (GRPO's estimator q / p - log(q / p) - 1, in expectation.)
     """
-    B = sum(len(cond) for _, cond, _ in micro_batches)
+    log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) - p + q).sum(2)
+
+
+def model_loss(model, reference, step, cond, advantage, s):
+    """Model policy optimization: a step's loss_theta, summed over the samples, and its KL.
+
+        loss_theta = [ sum over filled of -surrogate + beta sum over masked of KL ] / L
+
+    Each token has its own ratio. The KL is on l_c, to the pretrained model; nothing holds l_u.
+    """
+    L = model.seq_len
+    l_c, l_u = cond_uncond(model, step.canvas, cond)
+    log_p = model_likelihood(l_c, l_u, step)  # [B, L]
+    if step.old_log_theta is None:            # the weights are still those of the rollout
+        step.old_log_theta = log_p.detach()
+    gain = surrogate(log_p, step.old_log_theta, advantage[:, None], s.clip) * step.filled
+    with torch.no_grad():
+        reference_l_c = logits_of(reference, step.canvas, cond)
+    kl = categorical_kl(l_c, reference_l_c) * step.masked  # [B, L]
+    return (s.beta * kl - gain).sum() / L, kl.detach().sum() / L
+
+
+def schedule_loss(schedule, step, advantage, s):
+    """Scheduling policy optimization: a step's loss_phi, summed over the samples, and its KL.
+
+        loss_phi = [ -surrogate + schedule_beta KL ] / T
+
+    The action has one ratio. The KL is to the hand-made schedule.
+    """
+    p_phi, by_hand = schedule(step.observation, step.t, step.T)
+    log_p = schedule_likelihood(p_phi, step)  # [B]
+    if step.old_log_phi is None:
+        step.old_log_phi = log_p.detach()
+    gain = surrogate(log_p, step.old_log_phi, advantage, s.clip)  # [B]
+    kl = kl_divergence(p_phi, by_hand).sum(1)                     # [B]
+    return (s.schedule_beta * kl - gain).sum() / step.T, kl.detach().sum() / step.T
+
+
+def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
+    """Update theta, phi or both (which: model, schedule, joint), s.epochs times.
+
+        loss = mean over samples of sum_t [ loss_theta + loss_phi ]
+
+    No gradient goes through the generation: each step is scored on its own, and its graph is freed
+    before the next, so activations do not grow with T.
+    rollouts: a list of (tokens, trajectory, cond, advantage). Returns metrics of the last epoch.
+    """
+    B = sum(len(tokens) for tokens, _, _, _ in rollouts)
     for _ in range(s.epochs):
         optimizer.zero_grad()
-        row = defaultdict(float)
-        for trajectory, cond, advantage in micro_batches:
-            T = len(trajectory)
-            for t, step in enumerate(trajectory):
-                with torch.set_grad_enabled(which != "schedule"):
-                    l_c, l_u = branches(model, step.canvas, cond)
-                with torch.no_grad():
-                    reference_l_c = logits_of(reference, step.canvas, cond)
-                statistics = canvas_statistics(l_c.log_softmax(2), step.masked)  # [B, 5]
+        metrics = defaultdict(float)
+        for _, trajectory, cond, advantage in rollouts:
+            for step in trajectory:
+                if which != "schedule":
+                    loss, kl = model_loss(model, reference, step, cond, advantage, s)
+                    (loss / B).backward()
+                    metrics["kl_model"] += kl / B
+                if which != "model":
+                    loss, kl = schedule_loss(schedule, step, advantage, s)
+                    (loss / B).backward()
+                    metrics["kl_schedule"] += kl / B
+        for name, group in zip(("model", "schedule"), optimizer.param_groups):
+            metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
+        optimizer.step()  # a policy that does not learn has no gradients and stays
+    return metrics
 
-                loss_theta = model_loss(l_c, l_u, reference_l_c, step, advantage, s, row)
-                if s.likelihood == "exact":
-                    loss_theta += schedule_share(schedule, statistics, t, T, step, advantage, s)
-                seen = statistics.detach()  # the schedule's loss does not reach theta
-                loss_phi = schedule_loss(schedule, seen, t, T, step, advantage, s, row)
-                loss = {"joint": loss_theta + loss_phi, "model": loss_theta, "schedule": loss_phi}
-                (loss[which] / B).backward()
-        row = {name: value / B for name, value in row.items()}
-        for name, factor in zip(("model", "schedule"), optimizer.param_groups):
-            if which in ("joint", name):
-                average_gradients(factor["params"])
-                row["grad_" + name] = nn.utils.clip_grad_norm_(factor["params"], s.grad_norm)
-        optimizer.step()  # a factor that does not learn has no gradients and stays
-    return row
-
-
-# ---------------- the exact likelihood: beyond the paper, skip it at the first reading
-
-def exact_log_prob(logits, step):
-    """log-probability of all that a step decided at each masked position, else 0: [B, L]. (ours)
-
-    The threshold is the lowest score that was kept. Given it, positions are independent:
-    kept, at the threshold   p(candidate) * density of its score there
-    kept, above it           p(candidate) * P(score > threshold)
-    still masked             sum over tokens v of p(v) * P(score of v < threshold)
-    Gumbel: P(score < threshold) = exp(-rate), rate = exp((log-confidence - threshold) / tau_r).
-    """
-    _, tau_s, tau_r, _ = constrain(step.action)
-    tau_r = tau_r.clamp(min=1e-3)[:, None, None]  # without noise there is no density
-    candidate = step.candidate[:, :, None]  # [B, L, 1]
-    log_p = (logits / tau_s[:, None, None]).log_softmax(2)  # [B, L, V]
-    log_p_candidate = log_p.gather(2, candidate)[:, :, 0]  # [B, L]
-
-    threshold, last = step.score.masked_fill(~step.filled, math.inf).min(1, keepdim=True)  # [B, 1]
-    log_rate = (logits.log_softmax(2) - threshold[:, :, None]) / tau_r  # [B, L, V]
-    log_rate = log_rate.clamp(-60, 60)  # so that exp stays finite
-    below = (log_p - log_rate.exp()).logsumexp(2)  # over candidates: [B, L]
-    log_rate = log_rate.gather(2, candidate)[:, :, 0]  # [B, L]
-    above = (-(-log_rate.exp()).expm1()).log()  # log(1 - exp(-rate))
-    at = log_rate - log_rate.exp()  # log density, less the constant -log tau_r
-    kept = above.scatter(1, last, at.gather(1, last))  # `last` is at the threshold
-
-    factor = torch.where(step.filled, log_p_candidate + kept, below)
-    all_kept = (step.filled == step.masked).all(1, keepdim=True)  # then there is no threshold
-    return torch.where(all_kept, log_p_candidate, factor) * step.masked
-
-
-def schedule_share(schedule, statistics, t, T, step, advantage, s):
-    """-surrogate of a_t for loss_theta: theta moves a_t's mean through the statistics."""
-    frozen = copy.deepcopy(schedule).requires_grad_(False)  # phi does not learn from this
-    log_p = frozen.log_prob(frozen(statistics, t, T), step.action, step.acts)  # [B]
-    gain = surrogate(log_p, step.old_schedule, advantage, s.clip)
-    return -gain.sum() / step.canvas.shape[1]  # / L, as all of loss_theta
-
-
-LOG_PROB = {"fill": fill_log_prob, "exact": exact_log_prob}
 
 # -------------------------------- training
+def prepare(model, conds, s, schedule=None):
+    """What the iterations start from: (learner, schedule, reference, optimizer).
 
-def processes():
-    """(rank, number of processes): (0, 1) without torchrun."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def average_gradients(parameters):
-    """Each gradient becomes its mean over the processes."""
-    _, ranks = processes()
-    if ranks > 1:
-        for p in parameters:
-            if p.grad is None:  # no sample of this process needed it
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
-            p.grad /= ranks
-
-
-def check_reward(reward, cond):
-    """The reward as float [B], in float32 at least, on the device of cond. ValueError if wrong."""
-    is_float = torch.is_tensor(reward) and reward.is_floating_point()
-    if not is_float or reward.shape != (len(cond),):
-        got = f"{reward.dtype} {list(reward.shape)}" if torch.is_tensor(reward) else type(reward)
-        raise ValueError(f"reward_fn returned {got}: it must be float [{len(cond)}], one a sample")
-    reward = reward.detach().to(cond.device, torch.promote_types(reward.dtype, torch.float32))
-    if not reward.isfinite().all():
-        raise ValueError("reward_fn returned NaN or infinity: every reward must be finite")
-    return reward
-
-
-def prepare(model, s, schedule=None):
-    """What the iterations start from: (model to train, schedule, reference, optimizer).
-
-    The given model is put in eval mode and becomes the KL's reference. The one to train is a copy
-    that shares its frozen parameters. schedule: one to start from, which keeps its own spread.
-    Under torchrun all processes take the weights and buffers of rank 0.
+    The given model becomes the KL's reference and does not change. The learner is a copy of it
+    that shares its frozen parameters. schedule: one to start from, which keeps its own std.
     """
-    _, ranks = processes()
-    if s.groups % ranks:
-        raise ValueError(f"--groups {s.groups}: must be a multiple of {ranks}, the processes")
     torch.manual_seed(s.seed)
-    schedule = copy.deepcopy(schedule) if schedule else Schedule(s.spread)
-    parameters = list(model.parameters())  # of which there may be none
-    if parameters:
-        schedule.to(parameters[0].device, torch.promote_types(parameters[0].dtype, torch.float32))
-    if ranks > 1:
-        for x in (*parameters, *model.buffers(), *schedule.parameters(), *schedule.buffers()):
-            dist.broadcast(x.data, 0)
-    reference = model.eval()
-    frozen = {id(p): p for p in parameters if not p.requires_grad}
-    model = copy.deepcopy(model, memo=frozen)  # shares what is in the memo
-    theta = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam([{"params": theta}, {"params": list(schedule.parameters())}])
-    return model, schedule, reference, optimizer
+    shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+    learner = copy.deepcopy(model, memo=shared)  # what is in the memo is not copied
+    theta = [p for p in learner.parameters() if p.requires_grad]
+    check_model(learner.eval(), theta, conds, s)
+    schedule = copy.deepcopy(schedule) if schedule else Schedule(std=s.action_std)
+    phi = list(schedule.to(conds.device).parameters())
+    optimizer = torch.optim.Adam([{"params": theta}, {"params": phi}])
+    return learner, schedule, model, optimizer
 
 
-def iterate(i, model, schedule, reference, optimizer, reward_fn, conds, s):
-    """Iteration i of Co-GRPO: (a row of the log, tokens int64 [B, L], cond [B, ...]).
+def check_model(model, theta, conds, s):
+    """Refuse a model that could not learn, after one pass of two equal rows."""
+    tokens = torch.full((2, model.seq_len), model.mask_id, device=conds.device)
+    try:
+        l_c, l_u = cond_uncond(model, tokens, conds[[0, 0]])
+    except IndexError as error:
+        raise UserError(f"model: {error}; no conds, or mask_id or null_cond too large?") from None
+    logits = guided_logits(l_c, l_u, l_c.new_ones(2))
+    if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
+        raise UserError("model: NaN, or other logits for an equal row: dropout in eval mode?")
+    if logits.requires_grad:
+        logits.sum().backward()
+    if s.optimize != "schedule" and all(p.grad is None for p in theta):
+        raise UserError("model: no parameter gets a gradient: are all frozen, or does forward() "
+                        "detach, or use the weights of the model that this is a copy of?")
 
-    It seeds torch by s, i and rank, so that nothing drawn before matters and a run can resume.
+
+def iterate(i, state, reward_fn, conds, s):
+    """Iteration i of Co-GRPO, on a state from `prepare`: (metrics, rollouts).
+
+    metrics: a dict of floats. rollouts: a list of (tokens, trajectory, cond, advantage).
+    It seeds torch by s.seed and i: nothing drawn before matters, so a run can resume.
     """
-    rank, ranks = processes()
-    torch.manual_seed((s.seed * s.iters + i) * ranks + rank)
-    fade = 1 - i / s.iters  # so that the noise of the last updates counts little
-    optimizer.param_groups[0]["lr"] = fade * s.lr
-    optimizer.param_groups[1]["lr"] = fade * s.schedule_lr
-    which, turn = s.update, i
-    if s.update == "alternate":  # the paper: theta and phi in turns, on the same conditions
+    if i >= s.iters:
+        raise UserError(f"iteration {i}: the learning rate is 0 from iters, {s.iters}, on")
+    learner, schedule, reference, optimizer = state
+    for module in (learner, reference):
+        module.eval()
+    torch.manual_seed(10 ** 6 * s.seed + i)
+    for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
+        group["lr"] = lr * (1 - i / s.iters)
+    which, turn = s.optimize, i
+    if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
         which, turn = ("model", "schedule")[i % 2], i // 2
+    picked = torch.arange(turn * s.groups, (turn + 1) * s.groups) % len(conds)
+    rollouts, rewards = [], []
+    for c in conds[picked].split(s.micro_groups or s.groups):
+        cond = c.detach().repeat_interleave(s.group_size, 0)  # [B, ...]
+        tokens, trajectory = rollout(learner, schedule, cond, s.steps)
+        reward = evaluate(reward_fn, tokens, cond)
+        rollouts.append((tokens, trajectory, cond, group_advantage(reward, s.group_size)))
+        rewards.append(reward)
+    metrics = update(learner, schedule, reference, optimizer, rollouts, s, which)
 
-    mine = torch.arange(s.groups, device=conds.device).chunk(ranks)[rank]
-    cond = conds[(turn * s.groups + mine) % len(conds)]  # one a group
-    cond = cond.repeat_interleave(s.group_size, 0)       # [B, ...]
-    micro = cond.split(s.micro_batch or len(cond))
-    rollouts = [rollout(model, schedule, c, s.steps, likelihood=s.likelihood) for c in micro]
-    tokens = torch.cat([tokens for tokens, _ in rollouts])
-
-    reward = check_reward(reward_fn(tokens, cond), cond)
-    advantage = group_advantage(reward, s.group_size).split(len(micro[0]))
-    batches = [(steps, c, a) for (_, steps), c, a in zip(rollouts, micro, advantage)]
-    row = update(model, schedule, reference, optimizer, batches, s, which)
-
-    groups = reward.view(-1, s.group_size)
-    row["reward"] = reward.mean()
-    row["group_std"] = groups.std(1).mean()
-    row["groups_equal"] = (groups.amax(1) == groups.amin(1)).to(reward).mean()
-    values = torch.stack([x.to(reward) for x in row.values()])
-    if ranks > 1:
-        dist.all_reduce(values)
-    row = dict(zip(row, (values / ranks).tolist()))  # syncs with a GPU
-    if not all(map(math.isfinite, row.values())):
-        raise ValueError(f"--lr {s.lr}, --schedule-lr {s.schedule_lr}: NaN or infinity in "
-                         f"iteration {i}; lower them, and keep what learns in float32")
-    row["iter"] = i
-    return row, tokens, cond
+    reward = torch.cat(rewards).view(-1, s.group_size)
+    metrics["reward"], metrics["group_std"] = reward.mean(), reward.std(1).mean()
+    metrics["groups_equal"] = (reward.amax(1) == reward.amin(1)).to(reward).mean()
+    metrics["iter"] = i
+    metrics = {name: float(x) for name, x in metrics.items()}
+    if not all(map(math.isfinite, metrics.values())):
+        raise UserError(f"iteration {i}: NaN or infinity; lower lr or schedule_lr, use float32")
+    return metrics, rollouts
 
 
 def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, schedule=None):
@@ -645,194 +513,159 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
 
     model(tokens int64 [B, L], cond [B, ...]) -> logits [B, L, V], with the attributes seq_len,
     mask_id and null_cond (None: no guidance). It is left as it is, but in eval mode.
-    reward_fn(tokens int64 [B, L], cond [B, ...]) -> float [B], finite. It must not change them.
-    conds [C, ...]: the conditions of the groups, taken in turn, on the model's device.
-    on_iteration(row, model, schedule, tokens, cond): called after each; may add to the log's row.
-    schedule: see `prepare`. Returns (model, schedule, log), log a list of dicts of floats.
+    reward_fn(tokens int64 [B, L], cond [B, ...]) -> B numbers.
+    conds [C, ...]: the conditions of the groups, cycled through, on the model's device.
+    on_iteration(metrics, learner, schedule, rollouts): called after each; may add to the metrics.
+    schedule: see `prepare`. Returns (learner, schedule, log), log a list of dicts of floats.
     """
-    state = model, schedule, _, _ = prepare(model, settings, schedule)
+    conds = torch.as_tensor(conds)
+    state = learner, schedule, _, _ = prepare(model, conds, settings, schedule)
     log = []
-    bar = tqdm(range(settings.iters), "Co-GRPO", unit="iter", disable=processes()[0] > 0)
+    bar = tqdm(range(settings.iters), "Co-GRPO", unit="iter", disable=None)
     for i in bar:
-        row, tokens, cond = iterate(i, *state, reward_fn, conds, settings)
-        log.append(row)
+        metrics, rollouts = iterate(i, state, reward_fn, conds, settings)
         if on_iteration:
-            on_iteration(row, model, schedule, tokens, cond)
-        bar.set_postfix(R=f"{row['reward']:.2f}", KL=f"{row['kl_model']:.3f}")
-    return model, schedule, log
+            on_iteration(metrics, learner, schedule, rollouts)
+        log.append(metrics)
+        bar.set_postfix(reward=f"{metrics['reward']:.2f}")
+    return learner, schedule, log
 
 
 # -------------------------------- main: toy digits
-
 def parse(argv):
-    """The command line -> (arguments, a dict of the fields of Settings that it gives)."""
-    parser = argparse.ArgumentParser(description="Co-GRPO on toy digits", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"cogrpo.py: error: {message}; see --help\n")
-    parser.add_argument("--data", help="folder with MNIST, or `drawn`: digits drawn by Pillow")
-    parser.add_argument("--out", help="where results go (out, or T4 beside --load)")
-    parser.add_argument("--cache", default="cache", help="where toy worlds are (cache)")
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu (the first there is)")
-    parser.add_argument("--quick", action="store_true", help="all of it, small (6 iterations)")
-    parser.add_argument("--load", type=Path, help="a cogrpo.pt: measure and draw it, at --steps")
+    """The command line -> (arguments, Settings)."""
+    parser = argparse.ArgumentParser(
+        usage="cogrpo.py [options]", allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+        epilog="the same base again: cogrpo.py --load out/base.pt --lr 1e-3 --out lr\n"
+               "measured at T = 8:   cogrpo.py --load out/cogrpo.pt --iters 0 --steps 8 --out T8")
+    toy = parser.add_argument_group("toy digits and files")
+    source = toy.add_mutually_exclusive_group()
+    source.add_argument("--data", metavar="DIR", help="of MNIST; or drawn: digits drawn by Pillow")
+    source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt: start from its base")
+    toy.add_argument("--out", metavar="DIR", default="out", help="of the results (out, out-quick)")
+    toy.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                     metavar="NAME", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
+    toy.add_argument("--quick", action="store_true", help="a small world, 10 iterations")
+    method = parser.add_argument_group("Co-GRPO")
     for f in fields(Settings):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} ({f.default})")
+        method.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
+                            metavar="", help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(Settings) if f.name in args}
-    allowed = ("load", "steps", "seed", "out", "device")
-    for name, value in vars(args).items():
-        if args.load and name not in allowed and value != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect with --load: leave it out")
-    return args, given
+    if args.quick:  # other defaults; what is given still counts
+        parser.set_defaults(iters=10, out="out-quick")
+        args = parser.parse_args(argv)
+    try:
+        args.device = torch.zeros(1, device=args.device).device
+    except (RuntimeError, AssertionError):
+        parser.error(f"--device {args.device}: no such device here")
+    return args, Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
 
 
-def pick_device(name):
-    available = torch.cuda.is_available(), torch.backends.mps.is_available(), True
-    for kind, there in zip(("cuda", "mps", "cpu"), available):
-        if there and name in ("auto", kind):
-            return torch.device(kind)
-    raise ValueError(f"--device {name}: no such device here; leave it out to use what there is")
-
-
-def build_world(toy, args, size, seed, device):
-    """The toy world (codebook and judges) and its pretrained MDM, from the cache or made anew."""
-    code = [inspect.getsource(x) for x in (Block, MDM, logits_of, pretrain, toy)]
-    train_set, test_set, source, data_key = toy.load_digits(args.data, size, seed)
+def make_base(toy, data, size, seed, device):
+    """A toy world, and a model pretrained on its digits."""
+    train_set, test_set, source = toy.load_digits(data, size, seed)
     print(source)
     torch.manual_seed(seed)
-    model = MDM(toy.SEQ_LEN, size.codebook_size, toy.CLASSES, size.dim, size.depth).to(device)
-    key = hashlib.sha256(repr([code, data_key, seed, size]).encode()).hexdigest()[:12]
-    path = Path(args.cache) / f"world-{key}.pt"
-    if path.exists():
-        try:
-            saved = torch.load(path, map_location=device, weights_only=True)
-            model.load_state_dict(saved["model"])
-            print(f"codebook, judges and pretrained model: from {path}")
-            return toy.World.from_state(saved["world"]), model
-        except Exception:  # a damaged cache costs a new world, not the run
-            print(f"{path} cannot be read: making it anew")
-    world, tokens, labels = toy.World.build(train_set, test_set, size, device)
-    loss = pretrain(model, tokens, labels, size.pretrain_steps, size.pretrain_batch)
-    print(f"pretraining loss {loss:.3f}")
-    saved = {"world": world.state_dict(), "model": model.state_dict()}
+    world, tokens, labels = toy.build_world(train_set, test_set, size, device)
+    base = MDM(toy.SEQ_LEN, size.codebook_size, toy.CLASSES, size.dim, size.depth).to(device)
+    loss = pretrain(base, tokens, labels, size.pretrain_steps, size.pretrain_batch)
+    print(f"pretrained: loss {loss:.2f}")
+    return world, base
+
+
+def save(toy, path, world, base, model, schedule):
+    saved = {"size": asdict(world.size), "world": world.state_dict(), "base": base.state_dict(),
+             "model": model.state_dict(), "schedule": schedule.state_dict()}
     toy.save_whole(path, lambda part: torch.save(saved, part))
-    return world, model
 
 
-def train_toy(toy, args, settings, size, out, device):
-    """A world, Co-GRPO on it, and what it leaves: out/cogrpo.pt, log.csv and curves.png."""
-    rank, ranks = processes()
-    for turn in range(ranks):  # rank 0 makes the world, the others find it in the cache
-        if turn == rank:
-            world, base = build_world(toy, args, size, settings.seed, device)
-        if ranks > 1:
-            dist.barrier()
-
-    def add_held_out(row, model, schedule, tokens, cond):  # measured, and never trained on
-        row["held_out"] = float(world.held_out(tokens, cond).mean())
-
-    conds = torch.arange(toy.CLASSES, device=device)
-    model, schedule, log = train(base, world.reward, conds, settings, add_held_out)
-    if rank == 0:
-        saved = {"settings": asdict(settings), "size": asdict(size), "world": world.state_dict(),
-                 "base": base.state_dict(), "model": model.state_dict(),
-                 "schedule": schedule.state_dict()}
-        toy.save_whole(out / "cogrpo.pt", lambda part: torch.save(saved, part))
-        toy.write_csv(out / "log.csv", log)
-        toy.draw_curves(out / "curves.png", log)
-
-
-def load_checkpoint(toy, path, device):
-    """What a cogrpo.pt holds: (Size, world, base, model, schedule, Settings)."""
+def load(toy, path, device):
+    """(world, base, model, schedule) of a base.pt or cogrpo.pt."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
-        settings, size = Settings(**saved["settings"]), toy.Size(**saved["size"])
+        size, state = toy.Size(**saved["size"]), saved["world"]
+        world = toy.World(size, state["codebook"], state["test_tokens"], state["test_labels"])
         base = MDM(toy.SEQ_LEN, size.codebook_size, toy.CLASSES, size.dim, size.depth).to(device)
-        model, schedule = copy.deepcopy(base), Schedule(settings.spread).to(device)
-        for name, module in (("base", base), ("model", model), ("schedule", schedule)):
+        model, schedule = copy.deepcopy(base), Schedule().to(device)
+        modules = world, base, model, schedule
+        for module, name in zip(modules, ("world", "base", "model", "schedule")):
             module.load_state_dict(saved[name])
-        return size, toy.World.from_state(saved["world"]), base, model, schedule, settings
-    except FileNotFoundError:
-        raise ValueError(f"--load {path}: no such file; a run writes cogrpo.pt in --out") from None
+        return modules
     except Exception as error:  # torch.load fails in many ways, and all have one cure
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
-        raise ValueError(f"--load {path}: not a cogrpo.pt of this program ({reason})") from None
+        raise UserError(f"--load {path}: no base.pt or cogrpo.pt ({str(error)[:99]})") from None
 
 
-def report(toy, out, checkpoint, T, seed, device):
-    """Measure before and after: the table, results.csv, samples.png, decoding.gif, schedule.png."""
-    size, world, base, model, schedule, _ = load_checkpoint(toy, checkpoint, device)
-    cond = torch.arange(size.eval_samples, device=device) % toy.CLASSES
-    rows, films, curves = [], [], []
-    for name, m, p, steps in (("base T=32", base, Schedule().to(device), 32),
-                              (f"base T={T}", base, Schedule().to(device), T),
-                              (f"Co-GRPO T={T}", model, schedule, T)):
-        torch.manual_seed(seed)
-        batches = tqdm(cond.split(50), f"measuring {name}", unit="batch")
-        rollouts = [rollout(m, p, c, steps, explore=False) for c in batches]
-        tokens = torch.cat([tokens for tokens, _ in rollouts])
-        rows.append({"name": name, **world.measure(tokens, cond), "passes": 2 * steps})
-        filled, film = rollouts[0]
-        films.append((name, [step.canvas for step in film] + [filled]))  # each [50, 49]
-    rows.append({"name": "real digits", **world.measure_real(), "passes": ""})
+def report(toy, out, world, base, model, schedule, s):
+    """Measure before and after: the table, results.csv and the pictures."""
+    T, device = s.steps, world.codebook.device
+    by_hand = Schedule().to(device)
+    cond = torch.arange(world.size.eval_samples, device=device) % toy.CLASSES
+    rows, films = [], []
+    for name, m, p, steps in (("base T=32", base, by_hand, 32), (f"base T={T}", base, by_hand, T),
+                              (f"{s.optimize} T={T}", model, schedule, T)):
+        torch.manual_seed(s.seed)
+        batches = tqdm(cond.split(50), f"measuring {name}", unit="batch", disable=None)
+        results = [rollout(m, p, c, steps, explore=False) for c in batches]
+        tokens = torch.cat([tokens for tokens, _ in results])
+        rows.append(world.measure(tokens, cond, name, 2 * steps))
+        tokens, trajectory = results[0]
+        films.append((name, [step.canvas for step in trajectory] + [tokens]))  # each [50, 49]
+    rows.append(world.measure_real())
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
-    _, trajectory = rollouts[0]  # Co-GRPO's, the last in the loop
-    for j, name in enumerate(("re-mask ratio r", "sampling temperature tau_s",
-                              "re-mask temperature tau_r", "guidance scale w")):
-        acting = [t for t, step in enumerate(trajectory) if step.acts[:, j].any()]
-        learned = [constrain(trajectory[t].mean)[j].cpu() for t in acting]  # each [50]
-        if acting:  # at T = 1, r and tau_r never act
-            curves.append((name, acting, [hand_made(t, T)[j] for t in acting], learned))
-    toy.draw_schedule(out / "schedule.png", curves)
-    print(f"\n{toy.table(rows)}\n\nresults and pictures are in {out}/")
+    before = torch.tensor([hand_made(t, T) for t in range(T)])            # [T, 4]
+    after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
+    toy.draw_schedule(out / "schedule.png", before, after.cpu())
+    print(f"\n{toy.table(rows)}\n\n{s.optimize}: what learned. passes: two a step, under the "
+          "condition and the null condition.\n\nr, tau_s, tau_r, w, hand-made -> learned:")
+    for t, (old, new) in enumerate(zip(before.tolist(), after.mean(1).tolist())):
+        print(f"step {t}:", ",  ".join(f"{a:.2f} -> {b:.2f}" for a, b in zip(old, new)))
 
 
-def run(argv):
-    import toy_reward as toy  # here, so that the method needs neither torchvision nor Pillow
-    args, given = parse(argv)
-    device = pick_device(args.device)
-    if "RANK" in os.environ:  # started by torchrun: rank 0 alone prints
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
-    size = toy.QUICK if args.quick else toy.Size()
-    settings = Settings(iters=6, group_size=8) if args.quick else Settings()
+def run(toy, args, s):
+    out, device, start = Path(args.out).expanduser(), args.device, time.time()
+    toy.make_folder(out)
     if args.load:
-        settings = load_checkpoint(toy, args.load, device)[-1]
-    settings = replace(settings, **given)
-    T = settings.steps
-    if T > toy.SEQ_LEN:
-        raise ValueError(f"--steps {T}: must be in 1..{toy.SEQ_LEN}, the number of tokens")
-    default = args.load.parent / f"T{T}" if args.load else "out"
-    out = Path(args.out or default)
-    folders = {"--out": out} if args.load else {"--out": out, "--cache": Path(args.cache)}
-    for name, folder in folders.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise ValueError(f"{name} {folder}: cannot write there ({error.strerror})") from None
-    if not args.load:
-        train_toy(toy, args, settings, size, out, device)
-    if processes()[0] == 0:
-        report(toy, out, args.load or out / "cogrpo.pt", T, settings.seed, device)
+        world, base, model, schedule = load(toy, args.load, device)
+    else:
+        print("1. digits, reward model and pretrained MDM")
+        size = toy.QUICK if args.quick else toy.Size()
+        world, base = make_base(toy, args.data, size, s.seed, device)
+        model, schedule = base, Schedule().to(device)
+        save(toy, out / "base.pt", world, base, model, schedule)
+
+    def on_iteration(metrics, learner, schedule, rollouts):
+        p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
+        metrics["held_out"] = float(p.mean())  # measured, and never trained on
+        if metrics["iter"] % 10 == 9:
+            save(toy, out / "cogrpo.pt", world, base, learner, schedule)
+
+    if s.iters > 0:
+        print(f"2. Co-GRPO, after {time.time() - start:.0f} s")
+        if (out / "cogrpo.pt").exists():
+            os.replace(out / "cogrpo.pt", out / "cogrpo.pt.old")
+        conds = torch.arange(toy.CLASSES, device=device)
+        model, schedule, log = train(base, world.reward, conds, s, on_iteration)
+        save(toy, out / "cogrpo.pt", world, base, model, schedule)
+        toy.write_csv(out / "log.csv", log)
+        toy.draw_curves(out / "curves.png", log)
+    print(f"3. measuring, after {time.time() - start:.0f} s")
+    report(toy, out, world, base, model, schedule, s)
+    print(f"\nall is in {out}/, after {time.time() - start:.0f} s")
 
 
 def main(argv=None):
+    import toy_reward as toy  # here, so that the method needs neither torchvision nor Pillow
     try:
-        run(argv)
-    except ValueError as error:
-        if not str(error).startswith(("--", "reward_fn")):
-            raise  # a bug, and a bug shows its traceback
+        run(toy, *parse(argv))
+    except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        print("\nstopped; --out has base.pt and, every ten iterations, cogrpo.pt", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

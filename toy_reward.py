@@ -1,27 +1,24 @@
-"""The toy world of Co-GRPO: digits as tokens, and a judge whose reward leaves room to rise.
+"""The toy world of Co-GRPO: digits as tokens, and a reward that leaves room to rise.
 
     data      MNIST from --data DIR, ./data or torchvision's download; else digits drawn by Pillow
     codebook  28x28 pixels are 49 patches of 4x4, and k-means turns each patch into one of V tokens
-    judges    small convolutional nets with ELEVEN classes: ten digits and "not a digit". Negatives
-              are splices: real digits with some patches of another digit of their class. Every
-              token is plausible, but the strokes do not join. That is what few-step decoding gets
-              wrong, and it takes no sample of the model to make one.
-    reward    log p(c | image) of the reward judge, which saw one half of the training set. The
-              held-out judge saw the other half and only measures. Both see digits as they see
-              samples, through the codebook.
-    measures  held-out probability, accuracy, two Fréchet distances, diversity: a hacked reward
-              shows in them
+    reward    log p(c | image) of a small convolutional net with ELEVEN classes: ten digits and "not
+              a digit". Its negatives are splices: real digits with some patches of another digit of
+              their class. Every token is plausible, but the strokes do not join. That is what
+              few-step decoding gets wrong, and it takes no sample of the model to make one.
+    measures  p(c | image), accuracy and features of a held-out net that saw the other half of the
+              digits and only measures; pixels; diversity. A hacked reward shows in them.
 
-cogrpo.py knows none of this: it sees tokens, conditions and `reward(tokens, cond)`.
+Both nets see digits as they see samples, through the codebook. cogrpo.py knows none of this.
 """
 import csv
 import io
+import itertools
 import math
 import os
-import shutil
+import subprocess
+import sys
 import tempfile
-import threading
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +34,7 @@ from tqdm import tqdm
 SIDE, PATCH = 28, 4
 SEQ_LEN = (SIDE // PATCH) ** 2  # 49 tokens an image
 CLASSES = 10
-NOT_A_DIGIT = CLASSES           # the judges' eleventh class
-WIDTHS = 16, 24                 # of the reward judge and the held-out judge
+NOT_A_DIGIT = CLASSES           # the eleventh class
 DOWNLOAD_SECONDS = 15           # after which the digits are drawn instead
 
 
@@ -48,7 +44,7 @@ class Size:
     train_images: int = 60000
     test_images: int = 10000
     codebook_size: int = 128    # V
-    judge_epochs: int = 2
+    reward_epochs: int = 2
     dim: int = 96               # of the model
     depth: int = 3
     pretrain_steps: int = 600
@@ -56,119 +52,107 @@ class Size:
     eval_samples: int = 1000    # for a row of the table
 
 
-QUICK = Size(train_images=6000, test_images=2000, codebook_size=64, judge_epochs=3, dim=64,
+QUICK = Size(train_images=6000, test_images=2000, codebook_size=64, reward_epochs=3, dim=64,
              depth=2, pretrain_steps=250, pretrain_batch=64, eval_samples=200)
 
 # ------------------------------------------------------------------ data
+class UserError(ValueError):
+    """What the user can put right. The command line prints it without a traceback."""
+
 
 def load_digits(data, size, seed):
     """Digits, from the first of: `data`, ./data, torchvision's download, Pillow's font.
 
-    data: a torchvision root (a folder with MNIST/raw), "drawn", or None to search.
-    Returns (images uint8 [N, 28, 28], labels int64 [N]) to train on, the same to test on, a
-    sentence that says the source, and a key that changes with the data.
-    ValueError where `data` holds no MNIST, or a file of it is damaged.
+    data: a folder with MNIST, "drawn", or None to search. Returns (images uint8 [N, 28, 28], labels
+    int64 [N]) to train on, the same to test on, and a sentence that says the source.
+    UserError where `data` holds no MNIST, or a damaged one.
     """
-    why = "--data drawn"
+    raw, why = None, "--data drawn"
     if data != "drawn":
-        root = data or "data"
-        if data is not None and not has_mnist(root):
-            raise ValueError(f"--data {root}: no MNIST there; give the folder that holds MNIST/raw "
-                             "with its four idx-ubyte files, or --data drawn")
-        why = None if has_mnist(root) else download(root)
-    if why is None:
-        train_set = read_mnist(root, True, size.train_images)
-        test_set = read_mnist(root, False, size.test_images)
-        key = 0
-        for x in (*train_set, *test_set):
-            key = zlib.crc32(x.numpy().tobytes(), key)
-        return train_set, test_set, f"digits: MNIST in {root}", f"mnist-{key:08x}"
+        raw = find_mnist(data or "data")
+        if data is not None and raw is None:
+            raise UserError(f"--data {data}: no MNIST there; give the folder that holds MNIST/raw "
+                            "with its four idx-ubyte files (unpacked), or --data drawn")
+    if data is None and raw is None:
+        why = download("data")
+        raw = find_mnist("data")
+    if raw is not None:
+        train_set = read_mnist(raw, "train", size.train_images)
+        return train_set, read_mnist(raw, "t10k", size.test_images), f"digits: MNIST in {raw}"
     images, labels = drawn_digits(size.train_images + size.test_images, seed)
-    train_set = images[:size.train_images], labels[:size.train_images]
-    test_set = images[size.train_images:], labels[size.train_images:]
-    return train_set, test_set, f"digits: drawn with Pillow's font ({why})", "drawn"
+    n = size.train_images
+    source = f"digits: drawn with Pillow's font ({why})"
+    return (images[:n], labels[:n]), (images[n:], labels[n:]), source
 
 
-def has_mnist(root):
+def find_mnist(folder):
+    """Where MNIST's four files are: in `folder`, its raw or its MNIST/raw. None if nowhere."""
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k")
              for kind in ("images-idx3", "labels-idx1")]
-    return all((Path(root) / "MNIST" / "raw" / name).is_file() for name in names)
+    for raw in (Path(folder) / "MNIST" / "raw", Path(folder) / "raw", Path(folder)):
+        if all((raw / name).is_file() for name in names):
+            return raw
 
 
-def read_mnist(root, train, limit):
-    """The first `limit` images uint8 [N, 28, 28] and labels int64 [N] of a part of MNIST."""
+def read_mnist(raw, part, limit):
+    """The first `limit` images uint8 [N, 28, 28] and labels int64 [N] of train or t10k."""
     try:
-        mnist = datasets.MNIST(root, train=train)
-        images, labels = mnist.data, mnist.targets.long()
-        if images.shape != (len(labels), SIDE, SIDE) or len(labels) < 200 or labels.max() > 9:
-            raise ValueError(f"{list(images.shape)} images, {len(labels)} labels up to 9 wanted")
-        return images[:limit], labels[:limit]
-    except (RuntimeError, ValueError, AssertionError, IndexError, OSError) as error:
-        files = "train-*" if train else "t10k-*"
-        raise ValueError(f"--data {root}: MNIST/raw/{files} is damaged or cut short ({error}); "
-                         "fetch it again, or use --data drawn") from None
+        images = datasets.mnist.read_image_file(raw / f"{part}-images-idx3-ubyte")[:limit]
+        labels = datasets.mnist.read_label_file(raw / f"{part}-labels-idx1-ubyte")[:limit]
+        count = labels.bincount(minlength=CLASSES)
+        if images.shape != (len(labels), SIDE, SIDE) or len(count) > CLASSES or count.min() < 4:
+            raise ValueError(f"{list(images.shape)} images, {count.tolist()} of each digit")
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError) as error:
+        raise UserError(f"--data: {raw}/{part}-* are not MNIST's files ({error}); fetch them "
+                        "again, or use --data drawn") from None
+    return images, labels
+
+
+FETCH = "import sys; from torchvision import datasets; datasets.MNIST(sys.argv[1], download=True)"
 
 
 def download(root):
-    """torchvision's download into root, whole or not at all. Returns None, or what went wrong."""
-    problem = [f"no MNIST within {DOWNLOAD_SECONDS} s"]
+    """torchvision's download into root, whole or not at all. Returns None, or what went wrong.
 
-    def work(folder):
-        try:
-            datasets.MNIST(folder, download=True)
-            problem.clear()
-        except Exception as error:  # any failure has the same cure: drawn digits
-            problem[0] = "no MNIST: " + " ".join(str(error).split())[:120]
-
+    It runs in a process of its own, because a look-up that hangs obeys no timeout.
+    """
     try:
-        folder = Path(tempfile.mkdtemp(prefix=".mnist-", dir="."))
-        # A thread, because a look-up that hangs obeys no timeout. A daemon, so none waits for it.
-        thread = threading.Thread(target=work, args=[folder], daemon=True)
-        thread.start()
-        thread.join(DOWNLOAD_SECONDS)
-        outcome = list(problem)  # the thread may still be at it
-        if not outcome:
-            raw = Path(root) / "MNIST" / "raw"
-            raw.mkdir(parents=True, exist_ok=True)
-            for file in (folder / "MNIST" / "raw").glob("*-ubyte"):
-                os.replace(file, raw / file.name)
-        shutil.rmtree(folder, ignore_errors=True)
-        return outcome[0] if outcome else None
-    except OSError as error:
-        return f"cannot write there: {error.strerror}"
+        with tempfile.TemporaryDirectory(prefix=".mnist-", dir=".") as folder:
+            subprocess.run([sys.executable, "-c", FETCH, folder], capture_output=True, check=True,
+                           timeout=DOWNLOAD_SECONDS)
+            os.makedirs(root, exist_ok=True)
+            os.replace(Path(folder) / "MNIST", Path(root) / "MNIST")
+    except subprocess.TimeoutExpired:
+        return f"no MNIST within {DOWNLOAD_SECONDS} s"
+    except (subprocess.CalledProcessError, OSError):
+        return "no MNIST here, and none to be downloaded"
 
 
 def drawn_digits(n, seed=0):
-    """n digits of Pillow's font in random scale, shear, rotation, stroke width and position.
+    """n digits of Pillow's font under a random linear map, stroke width and position.
 
     Returns images uint8 [n, 28, 28] and labels int64 [n], as MNIST has: light strokes on black.
     """
     rng = np.random.default_rng(seed)
-    size, widths = 96, 4
     font = ImageFont.load_default(size=64)
     masters = {}
-    for digit in range(CLASSES):
-        for width in range(widths):
-            master = Image.new("L", (size, size))
-            ImageDraw.Draw(master).text((size / 2, size / 2), str(digit), 255, font, anchor="mm",
-                                        stroke_width=width, stroke_fill=255)
-            masters[digit, width] = master
+    for digit, width in itertools.product(range(CLASSES), range(4)):
+        masters[digit, width] = Image.new("L", (96, 96))
+        ImageDraw.Draw(masters[digit, width]).text((48, 48), str(digit), 255, font, anchor="mm",
+                                                   stroke_width=width, stroke_fill=255)
     labels = rng.integers(0, CLASSES, n)
     images = np.zeros((n, SIDE, SIDE), np.uint8)
-    for i, digit in enumerate(labels):
-        angle, shear = rng.normal(0, 0.15), rng.normal(0, 0.2)
-        scale = rng.uniform(0.8, 1.15, 2) * size / SIDE * 0.75
-        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-        inverse = turn @ np.array([[1, shear], [0, 1]]) @ np.diag(scale)  # of picture to master
-        offset = size / 2 - inverse @ (SIDE / 2 + rng.uniform(-1.5, 1.5, 2))
-        master = masters[int(digit), int(rng.integers(widths))]
-        affine = (*inverse[0], offset[0], *inverse[1], offset[1])
-        images[i] = np.asarray(master.transform((SIDE, SIDE), Image.Transform.AFFINE, affine,
-                                                Image.Resampling.BICUBIC))
+    for i, digit in enumerate(labels.tolist()):
+        linear = 96 / SIDE * (0.75 * np.eye(2) + rng.normal(0, 0.11, (2, 2)))  # to the master
+        offset = 48 - linear @ (SIDE / 2 + rng.uniform(-1.5, 1.5, 2))
+        affine = (*linear[0], offset[0], *linear[1], offset[1])
+        master = masters[digit, int(rng.integers(4))]
+        images[i] = master.transform((SIDE, SIDE), Image.Transform.AFFINE, affine,
+                                     Image.Resampling.BICUBIC)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
-# ------------------------------------------------------------------ codebook
 
+# ------------------------------------------------------------------ codebook
 def patches(images):
     """images float [B, 28, 28] -> their patches [B, 49, 16], row by row."""
     cut = images.unflatten(2, (-1, PATCH)).unflatten(1, (-1, PATCH))  # [B, 7, 4, 7, 4]
@@ -181,10 +165,8 @@ def fit_codebook(images, size, rounds=15, sample=60000):
     flat = patches(picked).flatten(0, 1)
     flat = flat[torch.randperm(len(flat))[:sample].to(flat.device)]
     distinct = flat.cpu().unique(dim=0)  # most patches are the same black one: start from others
-    if len(distinct) < size:
-        raise ValueError(f"codebook_size {size}: there are only {len(distinct)} different patches")
     codebook = distinct[torch.randperm(len(distinct))[:size]].to(flat.device)
-    for _ in tqdm(range(rounds), "codebook", unit="round"):
+    for _ in tqdm(range(rounds), "codebook", unit="round", disable=None):
         nearest = torch.cdist(flat, codebook).argmin(1)
         total = torch.zeros_like(codebook).index_add_(0, nearest, flat)
         count = torch.bincount(nearest, minlength=size)[:, None]
@@ -205,9 +187,8 @@ def decode(tokens, codebook):
     return cut.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-# ------------------------------------------------------------------ judges
-
-class Judge(nn.Module):
+# ------------------------------------------------------------------ reward model, held-out model
+class RewardModel(nn.Module):
     """images float [B, 28, 28] -> logits [B, 11]; `features` are the 64 numbers before them."""
 
     def __init__(self, width):
@@ -233,34 +214,31 @@ class Judge(nn.Module):
 def splice(tokens, labels, codebook):
     """Negatives from data alone: 10 to 50% of a digit's patches become another's of its class.
 
-    tokens int64 [B, 49], labels int64 [B]. Returns spliced tokens, and labels that say
+    tokens int64 [N, 49], labels int64 [N]. Returns spliced tokens, and labels that say
     NOT_A_DIGIT. Where no pixel changed by 0.3 nobody could see it, and the label stays.
     """
-    B, device = len(tokens), tokens.device
-    by_class = torch.argsort(labels + torch.rand(B, device=device))  # each class in random order
-    rank = torch.empty_like(by_class)
-    rank[by_class] = torch.arange(B, device=device)
-    start = torch.searchsorted(labels[by_class].contiguous(), labels)
-    count = torch.bincount(labels, minlength=CLASSES)[labels]
-    donor = tokens[by_class[start + (rank - start + 1) % count]]  # the next of the same class
-    share = 0.1 + 0.4 * torch.rand(B, 1, device=device)
-    spliced = torch.where(torch.rand(tokens.shape, device=device) < share, donor, tokens)
+    donor = torch.empty_like(tokens)
+    for c in range(CLASSES):
+        rows = (labels == c).nonzero()[:, 0]
+        donor[rows] = tokens[rows[torch.randperm(len(rows), device=rows.device)]]
+    share = 0.1 + 0.4 * torch.rand(len(tokens), 1, device=tokens.device)
+    spliced = torch.where(torch.rand_like(tokens, dtype=torch.float32) < share, donor, tokens)
     change = (decode(spliced, codebook) - decode(tokens, codebook)).abs().flatten(1).amax(1)
     return spliced, torch.where(change >= 0.3, NOT_A_DIGIT, labels)
 
 
-def train_judge(judge, tokens, labels, codebook, epochs, batch=128):
-    """Train a judge on digits and as many splices, both seen through the codebook."""
-    optimizer = torch.optim.Adam(judge.parameters())
-    steps = epochs * math.ceil(len(tokens) / batch)
-    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for epoch in range(epochs):
+def train_reward_model(model, tokens, labels, codebook, epochs, batch=128):
+    """Train on digits and as many splices, both seen through the codebook."""
+    optimizer = torch.optim.Adam(model.parameters())
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs=epochs,
+                                               steps_per_epoch=math.ceil(len(tokens) / batch))
+    for _ in range(epochs):
         false, false_labels = splice(tokens, labels, codebook)
         shuffled = torch.randperm(len(tokens), device=tokens.device)
-        for rows in tqdm(shuffled.split(batch), f"judge, epoch {epoch + 1}", unit="step"):
+        for rows in tqdm(shuffled.split(batch), "reward model", unit="step", disable=None):
             images = decode(torch.cat([tokens[rows], false[rows]]), codebook)
             target = torch.cat([labels[rows], false_labels[rows]])
-            loss = F.cross_entropy(judge(images), target)
+            loss = F.cross_entropy(model(images), target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -268,7 +246,6 @@ def train_judge(judge, tokens, labels, codebook, epochs, batch=128):
 
 
 # ------------------------------------------------------------------ the world: reward and measures
-
 def frechet(a, b):
     """|mean difference|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians fitted to a [N, D], b [M, D]."""
     a, b = a.cpu().double(), b.cpu().double()
@@ -281,110 +258,101 @@ def frechet(a, b):
 
 
 def diversity(tokens, cond):
-    """Share of tokens that differ between two samples of one class, a mean over the classes."""
-    shares = []
+    """How many of their tokens two samples of one class differ in: a fraction, mean over classes."""
+    alike = []
     for c in cond.unique():
         counts = F.one_hot(tokens[cond == c].cpu()).sum(0).double()  # [L, V]
         n = counts[0].sum()
-        alike = (counts * (counts - 1)).sum(1).mean() / (n * (n - 1))
-        shares.append(1 - alike)
-    return float(torch.stack(shares).mean())
+        alike.append((counts * (counts - 1)).sum(1).mean() / (n * (n - 1)))
+    return 1 - float(torch.stack(alike).mean())
 
 
 class World(nn.Module):
-    """Codebook, judges and test digits: the reward, and all that measures a sample."""
+    """Codebook, both nets and test digits: the reward, and all that measures a sample."""
 
-    def __init__(self, codebook, reward_judge, held_out_judge, test_tokens, test_labels):
+    def __init__(self, size, codebook, test_tokens, test_labels):
         super().__init__()
-        self.reward_judge, self.held_out_judge = reward_judge, held_out_judge
+        self.size = size
+        self.reward_model, self.held_out_model = RewardModel(width=16), RewardModel(width=24)
         self.register_buffer("codebook", codebook)
         self.register_buffer("test_tokens", test_tokens)
         self.register_buffer("test_labels", test_labels)
         pixels = decode(test_tokens, codebook).flatten(1)
         directions = torch.linalg.eigh(torch.cov(pixels.T.cpu().double()))[1]  # largest last
         self.register_buffer("components", directions[:, -32:].to(pixels))
-
-    @classmethod
-    def build(cls, train_set, test_set, size, device="cpu"):
-        """(images uint8, labels) twice -> (world, train tokens, train labels). Seed it before."""
-        images, labels = train_set[0].to(device) / 255, train_set[1].to(device)
-        codebook = fit_codebook(images, size.codebook_size)
-        tokens = encode(images, codebook)
-        halves = torch.randperm(len(tokens), device=device).chunk(2)
-        judges = [Judge(width).to(device) for width in WIDTHS]
-        for judge, half in zip(judges, halves):
-            train_judge(judge, tokens[half], labels[half], codebook, size.judge_epochs)
-        test_tokens = encode(test_set[0].to(device) / 255, codebook)
-        return cls(codebook, *judges, test_tokens, test_set[1].to(device)), tokens, labels
-
-    @classmethod
-    def from_state(cls, state):
-        """The world that had this state_dict, on the device of its tensors."""
-        judges = [Judge(width) for width in WIDTHS]
-        world = cls(state["codebook"], *judges, state["test_tokens"], state["test_labels"])
-        world.load_state_dict(state)
-        return world.to(state["codebook"].device)
+        self.to(codebook.device)
 
     @torch.no_grad()
-    def log_prob(self, judge, tokens, cond):
-        """log p(cond | image) of a judge: [B]. tokens int64 [B, 49], cond int64 [B]."""
-        return judge(decode(tokens, self.codebook)).log_softmax(1).gather(1, cond[:, None])[:, 0]
+    def log_prob(self, model, tokens, cond):
+        """log p(cond | image) of one of the two: [B]. tokens int64 [B, 49], cond int64 [B]."""
+        return model(decode(tokens, self.codebook)).log_softmax(1).gather(1, cond[:, None])[:, 0]
 
     def reward(self, tokens, cond):
-        """What Co-GRPO maximises: log p(cond | image) of the reward judge, [B]."""
-        return self.log_prob(self.reward_judge, tokens, cond)
+        """What Co-GRPO maximises: log p(cond | image) of the reward model, [B]."""
+        return self.log_prob(self.reward_model, tokens, cond)
 
     def held_out(self, tokens, cond):
-        """p(cond | image) of the held-out judge, [B]: for measuring only."""
-        return self.log_prob(self.held_out_judge, tokens, cond).exp()
+        """p(cond | image) of the held-out model, [B]: for measuring only."""
+        return self.log_prob(self.held_out_model, tokens, cond).exp()
 
     @torch.no_grad()
-    def features(self, tokens):
-        """What the two Fréchet distances compare: [N, 64] of the judge, [N, 32] of the pixels."""
-        images = decode(tokens, self.codebook)
-        return self.held_out_judge.features(images), images.flatten(1) @ self.components
+    def measure(self, tokens, cond, name="", passes="", real=None):
+        """A row of the table, a dict: name, passes of the model, and all FIGURES of samples.
 
-    @torch.no_grad()
-    def measure(self, tokens, cond):
-        """All figures of samples, a dict of floats; "_se" is a standard error over the samples.
-
-        tokens int64 [N, 49], cond int64 [N]. "reward" is the mean p, "log_reward" the mean log p.
+        tokens int64 [N, 49], cond int64 [N]. "log_" is a mean log p, the others are a mean p. The
+        distances are to the tokens `real` (test digits).
         """
+        real = self.test_tokens if real is None else real
         log_reward = self.reward(tokens, cond)
-        log_held_out = self.log_prob(self.held_out_judge, tokens, cond)
-        digit = self.held_out_judge(decode(tokens, self.codebook))[:, :CLASSES].argmax(1)
-        row = {"log_reward": float(log_reward.mean()), "log_held_out": float(log_held_out.mean())}
-        for name, x in (("reward", log_reward.exp()), ("held_out", log_held_out.exp()),
-                        ("accuracy", (digit == cond).float())):
-            row[name], row[name + "_se"] = float(x.mean()), float(x.std() / len(x) ** 0.5)
-        features, pixels = self.features(tokens)
-        real_features, real_pixels = self.features(self.test_tokens)
-        row["frechet"] = frechet(features, real_features)
-        row["pixel_frechet"] = frechet(pixels, real_pixels)
-        row["diversity"] = diversity(tokens, cond)
-        return row
+        log_held_out = self.log_prob(self.held_out_model, tokens, cond)
+        images, real_images = decode(tokens, self.codebook), decode(real, self.codebook)
+        digit = self.held_out_model(images)[:, :CLASSES].argmax(1)
+        features = [self.held_out_model.features(x) for x in (images, real_images)]
+        pixels = [x.flatten(1) @ self.components for x in (images, real_images)]
+        return {"name": name, "passes": passes, "log_reward": float(log_reward.mean()),
+                "log_held_out": float(log_held_out.mean()),
+                "reward": float(log_reward.exp().mean()),
+                "held_out": float(log_held_out.exp().mean()),
+                "accuracy": float((digit == cond).float().mean()), "frechet": frechet(*features),
+                "pixel_frechet": frechet(*pixels), "diversity": diversity(tokens, cond)}
 
     def measure_real(self):
-        """The same figures of the test digits; the distances are of one half to the other."""
-        row = self.measure(self.test_tokens, self.test_labels)
-        features, pixels = self.features(self.test_tokens)
-        row["frechet"] = frechet(features[::2], features[1::2])
-        row["pixel_frechet"] = frechet(pixels[::2], pixels[1::2])
-        return row
+        """The row of every other test digit; the distances are to the rest of them."""
+        return self.measure(self.test_tokens[::2], self.test_labels[::2], "real digits", "-",
+                            self.test_tokens[1::2])
+
+
+def build_world(train_set, test_set, size, device="cpu"):
+    """(images uint8, labels) twice -> (world, train tokens, train labels). Seed torch before."""
+    images, labels = train_set[0].to(device) / 255, train_set[1].to(device)
+    codebook = fit_codebook(images, size.codebook_size)
+    tokens = encode(images, codebook)
+    test_tokens = encode(test_set[0].to(device) / 255, codebook)
+    world = World(size, codebook, test_tokens, test_set[1].to(device))
+    halves = torch.randperm(len(tokens), device=device).chunk(2)
+    for model, half in zip((world.reward_model, world.held_out_model), halves):
+        train_reward_model(model, tokens[half], labels[half], codebook, size.reward_epochs)
+    return world, tokens, labels
 
 
 # ------------------------------------------------------------------ files and tables
+def make_folder(path):
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot write there ({error.strerror})") from None
+
 
 def save_whole(path, write):
     """write(temporary path), then rename: nobody ever sees half a file."""
-    part = Path(path).with_name(f".part-{os.getpid()}-{Path(path).name}")
     try:
-        write(part)
-        os.replace(part, path)
+        with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+            part = Path(folder) / path.name
+            write(part)
+            os.replace(part, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        raise ValueError(f"--out, --cache: {path} cannot be written ({error})") from None
-    finally:
-        part.unlink(missing_ok=True)
+        raise UserError(f"--out: {path} cannot be written ({error})") from None
 
 
 def write_csv(path, rows):
@@ -396,24 +364,25 @@ def write_csv(path, rows):
     save_whole(path, lambda part: part.write_bytes(text.getvalue().encode()))
 
 
+FIGURES = {"reward": 3, "held_out": 3, "accuracy": 3, "frechet": 1, "pixel_frechet": 2,
+           "diversity": 3}  # and their decimals
+
+
 def table(rows):
-    """Rows of `World.measure` as markdown; ± is one standard error over the samples."""
-    lines = ["| | reward | held-out | accuracy | Frechet | pixel Frechet | diversity | passes |",
-             "|---" * 8 + "|"]
+    """Rows of `World.measure` as markdown whose columns are aligned."""
+    lines = [["", *FIGURES, "passes"]]
     for row in rows:
-        cells = [row["name"]]
-        for name in ("reward", "held_out", "accuracy"):
-            cells.append(f"{row[name]:.3f} ± {row[name + '_se']:.3f}")
-        cells += [f"{row['frechet']:.1f}", f"{row['pixel_frechet']:.2f}",
-                  f"{row['diversity']:.3f}", str(row["passes"])]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        figures = [f"{row[name]:.{decimals}f}" for name, decimals in FIGURES.items()]
+        lines.append([row["name"], *figures, str(row["passes"])])
+    widths = [max(len(line[j]) for line in lines) for j in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
 # ------------------------------------------------------------------ pictures
-
 INK, GREY, BLUE, PALE = (30, 30, 30), (140, 140, 140), (40, 100, 200), (185, 205, 240)
-HIDDEN = (70, 90, 130)  # the colour of [MASK]
+MASK_COLOUR = 0.27, 0.35, 0.51
 
 
 def write_text(draw, xy, text, size=13, fill=INK, anchor="la"):
@@ -421,52 +390,59 @@ def write_text(draw, xy, text, size=13, fill=INK, anchor="la"):
 
 
 def canvas_picture(tokens, codebook, columns, scale):
-    """Canvases int64 [N, 49] in a grid. [MASK], a token beyond the codebook, is blue."""
-    tokens, codebook = tokens.cpu(), codebook.cpu()
-    hidden = tokens >= len(codebook)
-    images = decode(tokens.masked_fill(hidden, 0), codebook).clamp(0, 1)[:, None]
-    where = decode(hidden.long(), torch.tensor([[0.0], [1.0]]).expand(2, PATCH ** 2))[:, None]
-    colour = torch.tensor(HIDDEN)[:, None, None] / 255
-    images = torch.where(where > 0, colour, images)  # [N, 3, 28, 28]
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=1.0)
+    """Canvases int64 [N, 49] in a grid. [MASK], the token after the codebook's, is blue."""
+    books = [torch.cat([codebook, codebook.new_full((1, PATCH ** 2), c)]) for c in MASK_COLOUR]
+    images = torch.stack([decode(tokens, book) for book in books], 1)  # [N, 3, 28, 28]
+    grid = make_grid(images.clamp(0, 1).cpu(), nrow=columns, padding=2, pad_value=1.0)
     picture = Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def page_of(pictures, columns, captions=None):
-    """Pictures of one size in a grid, each with its caption above."""
-    gap = 10
-    top = 24 if captions else 0
-    w, h = pictures[0].width + gap, pictures[0].height + gap + top
-    rows = math.ceil(len(pictures) / columns)
-    page = Image.new("RGB", (columns * w + gap, rows * h + gap), "white")
-    for i, picture in enumerate(pictures):
-        x, y = gap + i % columns * w, gap + i // columns * h
-        page.paste(picture, (x, y + top))
-        if captions:
-            write_text(ImageDraw.Draw(page), (x + 4, y), captions[i], 15)
+def page_of(pictures, columns, legend=""):
+    """{caption: picture}, all of one size, in a grid, and a legend below all."""
+    first = next(iter(pictures.values()))
+    w, h = first.width + 10, first.height + 34
+    bottom = math.ceil(len(pictures) / columns) * h + 10
+    page = Image.new("RGB", (columns * w + 10, bottom + (24 if legend else 0)), "white")
+    draw = ImageDraw.Draw(page)
+    write_text(draw, (60, bottom), legend)
+    for i, (caption, picture) in enumerate(pictures.items()):
+        x, y = 10 + i % columns * w, 10 + i // columns * h
+        page.paste(picture, (x, y + 24))
+        write_text(draw, (x + 4, y), caption, 15)
     return page
 
 
 def draw_samples(path, films, world):
-    """The finished samples of each film, and real digits, one block above the other."""
-    blocks = [(caption, canvases[-1][:4 * CLASSES]) for caption, canvases in films]
-    by_class = [world.test_tokens[world.test_labels == c][:4] for c in range(CLASSES)]
-    blocks.append(("real digits, through the codebook", torch.stack(by_class, 1).flatten(0, 1)))
-    pictures = [canvas_picture(tokens, world.codebook, CLASSES, 2) for _, tokens in blocks]
-    save_whole(path, page_of(pictures, 1, [caption for caption, _ in blocks]).save)
+    """The last two films in pairs of rows, then the first, then real digits."""
+    many, few, ours = [film[-1][:40].view(4, CLASSES, -1) for _, film in films]
+    real = [world.test_tokens[world.test_labels == c][:4] for c in range(CLASSES)]
+    pairs = f"{films[1][0]} above, {films[2][0]} below, of one class and seed: do strokes join?"
+    blocks = {pairs: torch.stack([few, ours], 1)[:2], films[0][0]: many,
+              "real digits, through the codebook": torch.stack(real, 1)}
+    pictures = {caption: canvas_picture(tokens.reshape(-1, SEQ_LEN), world.codebook, CLASSES, 2)
+                for caption, tokens in blocks.items()}
+    save_whole(path, page_of(pictures, 1).save)
 
 
 def draw_decoding(path, films, world):
-    """Canvases that fill up, animated. films: [(caption, [canvas [N, 49] after 0..T steps])]."""
-    frames, T = [], len(films[0][1]) - 1
+    """Canvases that fill up, animated: of five samples of a class the one of median held-out p.
+
+    films: [(name, [canvas [N, 49] after 0..T steps])], the classes 0..9 in turn.
+    """
+    frames, shown, T = [], [], len(films[0][1]) - 1
+    digits = torch.arange(CLASSES, device=world.codebook.device)
+    for _, film in films:
+        held_out = world.held_out(film[-1][:50], digits.repeat(5)).view(5, CLASSES)
+        shown.append(held_out.median(0).indices * CLASSES + digits)
     for t in range(T + 1):
-        pictures = [canvas_picture(canvases[t][:10], world.codebook, 5, 3) for _, canvases in films]
-        captions = [f"{caption}, step {t} of {T}" for caption, _ in films]
-        frames.append(page_of(pictures, len(films), captions).quantize(64))
-    duration = [1000] * T + [4000]
-    save_whole(path, lambda part: frames[0].save(part, format="GIF", save_all=True, loop=0,
-                                                 append_images=frames[1:], duration=duration))
+        pictures = {f"{name}, step {t} of {T} (blue: [MASK])":
+                    canvas_picture(film[t][rows], world.codebook, 5, 3)
+                    for (name, film), rows in zip(films, shown)}
+        frames.append(page_of(pictures, len(films)).quantize(64))
+    duration = [max(100, 4000 // T)] * T + [4000]  # milliseconds
+    save_whole(path, lambda part: frames[0].save(part, save_all=True, loop=0, duration=duration,
+                                                 append_images=frames[1:]))
 
 
 def round_numbers(low, high):
@@ -478,15 +454,13 @@ def round_numbers(low, high):
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def panel(title, xlabel, lines, band=None, low=None, ticks=None, labels=(), width=420, height=250):
-    """A line chart. lines: [(x, y, colour, thickness)]; band: (x, lower, upper); low: of the y
-    axis (default: below the data); ticks: {x: label}; labels beside points: [(x, y, text)]."""
-    big = 2  # drawn twice as large and halved, for smooth lines
-    page = Image.new("RGB", (width * big, height * big), "white")
+def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230):
+    """lines: [(x, y, colour, thickness)], thickness 0 for a filled outline; low: of the y axis
+    (default: below the data); ticks: {x: label}; labels beside points: [(x, y, text)]."""
+    page = Image.new("RGB", (width * 2, height * 2), "white")  # halved later, for smooth lines
     draw = ImageDraw.Draw(page)
-    left, right, top, bottom = 52 * big, (width - 16) * big, 30 * big, (height - 36) * big
-    xs = [x for line in lines for x in line[0]]
-    ys = [y for line in lines for y in line[1]] + ([*band[1], *band[2]] if band else [])
+    left, right, top, bottom = 104, 2 * width - 32, 10, 2 * height - 72
+    xs, ys = [sum((list(line[k]) for line in lines), []) for k in (0, 1)]
     room = 0.08 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 1.0
     high = max(ys) + room
     low = min(ys) - room if low is None else low
@@ -497,64 +471,55 @@ def panel(title, xlabel, lines, band=None, low=None, ticks=None, labels=(), widt
                 bottom - (bottom - top) * (y - low) / (high - low))
 
     for y in round_numbers(low, high):
-        draw.line([left, at(0, y)[1], right, at(0, y)[1]], (230, 230, 230), big)
-        write_text(draw, (left - 6 * big, at(0, y)[1]), f"{y:.4g}", 11 * big, GREY, "rm")
-    for x in ticks or round_numbers(min(xs), min(xs) + wide):
-        label = ticks[x] if ticks else f"{x:.4g}"
-        write_text(draw, (at(x, low)[0], bottom + 4 * big), label, 11 * big, GREY, "ma")
-    if band:
-        upper = [at(x, y) for x, y in zip(band[0], band[2])]
-        lower = [at(x, y) for x, y in zip(band[0], band[1])]
-        draw.polygon([*upper, *reversed(lower), upper[0]], PALE)
+        draw.line([left, at(0, y)[1], right, at(0, y)[1]], (230, 230, 230), 2)
+        write_text(draw, (left - 12, at(0, y)[1]), f"{y:.4g}", 22, GREY, "rm")
+    ticks = ticks or {x: f"{x:.4g}" for x in round_numbers(min(xs), min(xs) + wide)}
+    for x, label in ticks.items():
+        write_text(draw, (at(x, low)[0], bottom + 8), label, 22, GREY, "ma")
+    write_text(draw, (right, bottom + 36), xlabel, 22, GREY, "ra")
     for x, y, colour, thickness in lines:
         points = [at(*point) for point in zip(x, y)]
-        draw.line(points, colour, thickness * big, joint="curve")
-        for px, py in points if len(points) <= 16 else ():
-            draw.ellipse([px - 3 * big, py - 3 * big, px + 3 * big, py + 3 * big], colour)
+        if thickness == 0 and len(points) > 2:
+            draw.polygon(points, colour)
+        draw.line(points, colour, thickness * 2, joint="curve")
+        for px, py in points if thickness and len(points) <= 16 else ():
+            size = thickness + 4
+            draw.ellipse([px - size, py - size, px + size, py + size], colour)
     for x, y, text in labels:
-        write_text(draw, (at(x, y)[0] + 8 * big, at(x, y)[1]), text, 12 * big, INK, "lm")
-    draw.line([left, top, left, bottom, right, bottom], GREY, big)
-    write_text(draw, (left, 8 * big), title, 14 * big)
-    write_text(draw, (right, bottom + 18 * big), xlabel, 11 * big, GREY, "ra")
+        write_text(draw, (at(x, y)[0] + 16, at(x, y)[1]), text, 24, INK, "lm")
+    draw.line([left, top, left, bottom, right, bottom], GREY, 2)
     return page.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def draw_panels(path, panels, legend, columns=2):
-    """Charts in a grid, and one legend below for all. legend: [(label, colour)]."""
-    charts = page_of(panels, columns)
-    page = Image.new("RGB", (charts.width, charts.height + 24), "white")
-    page.paste(charts)
-    draw = ImageDraw.Draw(page)
-    x, y = 60, charts.height + 8
-    for label, colour in legend:
-        draw.line([x, y, x + 24, y], colour, 4)
-        write_text(draw, (x + 32, y), label, 13, INK, "lm")
-        x += 60 + int(draw.textlength(label, ImageFont.load_default(size=13)))
-    save_whole(path, page.save)
+def draw_schedule(path, by_hand, learned):
+    """by_hand [T, 4] and learned [T, N, 4]: r, tau_s, tau_r, w of each step, for N canvases."""
+    names = ("re-mask ratio r (the last step fills all)", "sampling temperature tau_s",
+             "re-mask temperature tau_r (likewise)", "guidance scale w")
+    charts, T = {}, len(by_hand)
+    for j in range(4) if T > 1 else (1, 3):  # no effect in the last step: r and tau_r
+        steps = list(range(T - 1 if j in (0, 2) else T))
+        low, mid, high = [learned[steps, :, j].quantile(q, 1).tolist() for q in (.05, .5, .95)]
+        lines = [(steps + steps[::-1], low + high[::-1], PALE, 0),
+                 (steps, by_hand[steps, j].tolist(), GREY, 6), (steps, mid, BLUE, 2)]
+        charts[names[j]] = chart("step", lines, low=0)
+    legend = "grey: hand-made      blue: learned (median)      pale: 5 to 95% of the canvases"
+    save_whole(path, page_of(charts, 2, legend).save)
 
 
-def draw_schedule(path, parameters):
-    """parameters: [(name, steps, the hand-made value at each, the learned ones [N] at each)]."""
-    panels = []
-    for name, x, by_hand, learned in parameters:
-        mean = [float(values.mean()) for values in learned]
-        band = x, *[[float(values.quantile(q)) for values in learned] for q in (0.05, 0.95)]
-        lines = [(x, by_hand, GREY, 2), (x, mean, BLUE, 2)]
-        panels.append(panel(name, "step", lines, band, low=0, ticks={t: str(t) for t in x}))
-    draw_panels(path, panels, [("hand-made", GREY), ("learned", BLUE),
-                               ("5 to 95% of the canvases", PALE)])
+CURVES = {"reward": "mean reward of the rollouts, log p(c | image)",
+          "held_out": "held-out p(c | image) of the rollouts",
+          "kl_model": "KL(model || pretrained), nats per token",
+          "kl_schedule": "KL(schedule || hand-made), nats per step"}
 
 
 def draw_curves(path, log):
-    """log: dicts with "iter" and the four figures below."""
-    x = [row["iter"] for row in log]
-    reach, panels = max(1, len(log) // 10), []
-    for name, title in (("reward", "mean reward of the rollouts, log p(c | image)"),
-                        ("held_out", "the held-out judge's p(c | image)"),
-                        ("kl_model", "KL(model || pretrained), nats per token"),
-                        ("kl_schedule", "KL(schedule || hand-made), nats per step")):
-        y = [row[name] for row in log]
-        near = [min(reach, i, len(y) - 1 - i) for i in x]  # as far to the left as to the right
-        mean = [float(np.mean(y[i - k:i + k + 1])) for i, k in zip(x, near)]
-        panels.append(panel(title, "iteration", [(x, y, PALE, 1), (x, mean, BLUE, 3)]))
-    draw_panels(path, panels, [("each iteration", PALE), ("smoothed", BLUE)])
+    """log: dicts with some of CURVES."""
+    charts = {}
+    for name, caption in CURVES.items():
+        x = [i for i, row in enumerate(log) if name in row]
+        y = [log[i][name] for i in x]
+        near = np.exp(-np.square(np.subtract.outer(x, x) / (1 + len(x) / 25)))
+        if x:
+            lines = [(x, y, PALE, 1), (x, list(near @ y / near.sum(1)), BLUE, 3)]
+            charts[caption] = chart("iteration", lines)
+    save_whole(path, page_of(charts, 2, "pale: each iteration      blue: smoothed").save)
