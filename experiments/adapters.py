@@ -6,19 +6,22 @@ the attributes seq_len, mask_id and null_cond (None: no guidance). Its traps:
     special tokens   [MASK] is never drawn. Ban the others (PAD, CLS, UNK) yourself: logits of
                      -inf, as everywhere. All losses stay finite.
     outputs          Return the tensor: `.logits` of a transformers output, not the output.
-    float types      Keep the weights that learn in float32, with autocast inside `forward`. In
-                     bfloat16 small updates vanish; in float16 Adam makes them NaN. A frozen
-                     backbone may be of any type.
+    float types      Keep the weights that learn in float32. autocast belongs inside `forward`:
+                     around the loop it keeps old weights, and is refused. In bfloat16 small
+                     updates vanish; in float16 Adam makes them NaN. A frozen backbone may be of
+                     any type.
+    copies           `train` deep-copies the model. A forward that was replaced on the instance
+                     (model.forward = torch.compile(model.forward)) still uses the weights of the
+                     original, and is refused: wrap it in a module instead.
     checkpointing    `train` puts the model in eval mode, so that dropout does not disturb the
                      ratios. Many models checkpoint their gradients in training mode only: turn
                      that on inside `forward`, not by `.train()`.
-    processes        `train` averages the gradients itself. DDP or FSDP belong inside the adapter,
-                     around the backbone, not around the adapter.
-    memory           For text V dominates: a rollout holds 5 to 8 tensors [B, L, V] at its peak, an
-                     update 11 to 17. `micro_batch` divides B. At V = 126,464, L = 128 and float32
-                     one of them is 65 MB a sample.
-    large guidance   The schedule explores by a fixed spread in softplus space, so a w of 9 moves
-                     by about 0.3. It multiplies what theta does: lower lr by about as much.
+    processes        See distributed.py. DDP or FSDP belong inside the adapter, around the backbone.
+    memory           For text V dominates: a rollout holds 6 to 9 tensors [B, L, V] at its peak, an
+                     update 12 to 14 (experiments.benchmark). `micro_groups` divides B. At
+                     V = 126,464, L = 128 and float32 one of them is 65 MB a sample.
+    large guidance   The schedule explores by a fixed std in softplus space, so a w of 9 moves by
+                     about 0.3. It multiplies what theta does: lower lr by about as much.
 
 No package but torch is needed here; the tests run all of it on stubs with the real signatures.
 """
@@ -35,17 +38,24 @@ class MaskedLM(nn.Module):
     """A masked language model of transformers with prompts: LLaDA, or a BERT.
 
     cond int64 [B, P] are prompts, the canvas is the answer. A prompt of [MASK]s is LLaDA's own
-    unconditional one. banned: ids that no answer may have.
+    unconditional one. banned: ids that no answer may have. pad_id: what fills up shorter prompts,
+    on their left, so that prompt and answer stay neighbours; it is hidden by the attention mask.
+    Models whose positions are absolute (a BERT) also need position_ids: pass them in `lm`. The
+    unconditional prompt is one of full length P.
     """
 
-    def __init__(self, lm, seq_len, mask_id, banned=()):
+    def __init__(self, lm, seq_len, mask_id, banned=(), pad_id=None):
         super().__init__()
-        self.lm, self.seq_len, self.mask_id = lm, seq_len, mask_id
+        self.lm, self.seq_len, self.mask_id, self.pad_id = lm, seq_len, mask_id, pad_id
         self.null_cond = mask_id
         self.banned = list(banned)
 
     def forward(self, tokens, cond):
-        logits = self.lm(input_ids=torch.cat([cond, tokens], 1)).logits
+        ids = torch.cat([cond, tokens], 1)                # [B, P + L]
+        attention_mask = torch.ones_like(ids)
+        if self.pad_id is not None:
+            attention_mask[:, :cond.shape[1]] = cond != self.pad_id
+        logits = self.lm(input_ids=ids, attention_mask=attention_mask).logits
         logits = logits[:, cond.shape[1]:].float()  # [B, L, V], those of the answer
         logits[:, :, self.banned] = -math.inf
         return logits
@@ -93,23 +103,33 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank=8, scale=1.0):
         super().__init__()
         self.linear = linear.requires_grad_(False)
-        self.down = nn.Linear(linear.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, linear.out_features, bias=False)
+        device = linear.weight.device
+        self.down = nn.Linear(linear.in_features, rank, False, device, torch.float32)
+        self.up = nn.Linear(rank, linear.out_features, False, device, torch.float32)
         self.scale = scale
         nn.init.zeros_(self.up.weight)  # it starts as the layer that it wraps
 
     def forward(self, x):
-        return self.linear(x) + self.scale * self.up(self.down(x))
+        learned = self.up(self.down(x.to(self.down.weight.dtype)))
+        return self.linear(x) + (self.scale * learned).to(x.dtype)
 
 
 def add_lora(model, names, rank=8):
-    """Freeze a model and wrap those of its linear layers whose name ends with one of `names`."""
+    """Freeze a model and wrap its linear layers called `names`, in all blocks.
+
+    A name is the end of a path, "q_proj" or "attention.query". ValueError if one fits no layer.
+    """
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        if not any(f".{path}".endswith(f".{name}") for path in linear):
+            ends = sorted({path.rpartition(".")[2] for path in linear})
+            raise ValueError(f"add_lora: no linear layer is called {name}, but {', '.join(ends)}")
     model.requires_grad_(False)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and path.endswith(tuple(names)):
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, LoRALinear(module, rank).to(
-                module.weight.device, torch.promote_types(module.weight.dtype, torch.float32)))
+    for path in linear:
+        if any(f".{path}".endswith(f".{name}") for name in names):
+            parent, _, last = path.rpartition(".")
+            wrapped = LoRALinear(model.get_submodule(path), rank)
+            setattr(model.get_submodule(parent), last, wrapped)
     return model
 
 
