@@ -106,8 +106,8 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        layer = nn.TransformerEncoderLayer(dim, heads, 4 * dim, dropout=0.0, activation="gelu",
-                                           batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(  # with bias it rounds otherwise where no gradient is on
+            dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # x passes unchanged at first: this
         nn.init.zeros_(layer.linear2.weight)             # is faster to train
         self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim),
@@ -129,7 +129,7 @@ def logits_of(model, tokens, cond):
     if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
         raise UserError("model: must return its logits, one tensor [B, L, V]")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits.clamp(min=BANNED)
+    logits = logits.masked_fill(logits < BANNED, BANNED)
     if model.mask_id < logits.shape[2]:  # some models count [MASK] among their V tokens
         logits[:, :, model.mask_id] = BANNED
     return logits
@@ -254,7 +254,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
-    return logits.masked_fill(l_u <= BANNED, BANNED)  # and what l_c bans is far below 0 anyway
+    return logits.masked_fill_(l_u <= BANNED, BANNED)  # what l_c bans is far below 0 anyway
 
 
 def gumbel_like(x):
@@ -362,14 +362,13 @@ def surrogate(log_p, old_log_p, advantage, clip):
 
 
 def categorical_kl(l_p, l_q):
-    """KL(p || q) = sum_v p log(p / q) - p + q, of two logits [B, L, V]: [B, L].
+    """KL(p || q) = 1 + sum_v p log(p / q) - p, of two logits [B, L, V]: [B, L].
 
-    The last two cancel. They are there so that the gradient at p = q is exactly 0, and not rounding
-    noise that Adam would scale up. (GRPO's estimator q / p - log(q / p) - 1, in expectation.)
+    1 and the sum of p cancel. They are there so that the gradient at p = q is exactly 0, and not
+    rounding noise that Adam would scale up.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
-    p, q = log_p.exp(), log_q.exp()
-    return (p * (log_p - log_q) - p + q).sum(2)
+    return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
 
 
 def model_loss(model, reference, step, cond, advantage, s):

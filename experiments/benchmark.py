@@ -2,13 +2,13 @@
 
     python -m experiments.benchmark                    time and memory; no data
     python -m experiments.benchmark --rows             rows of the model to a held-out of 0.30
-    python -m experiments.benchmark --device cuda      the same on a GPU
+
+On a GPU where there is one.
 
 Times are of a random model of the toy job's size, against the bare passes of the same model with
 the same shapes, taken in turns: the ratio is the figure, for an absolute time is of this machine.
 """
 import argparse
-import itertools
 import os
 import statistics
 import time
@@ -22,9 +22,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import cogrpo
 import toy_reward as toy
 from cogrpo import MDM, Schedule, Settings, iterate, prepare, rollout, sample, train, update
+from experiments.ablation import a_base
 
 
 def a_job(device, dim=96, depth=3, vocab=128, seq_len=49):
@@ -56,11 +56,10 @@ def time_an_iteration(device, repeats=8):
     """Lines: rollout, re-scoring and iteration against the passes that they need."""
     model, reward_fn, conds = a_job(device)
     s = Settings(iters=1000)
-    parts = prepare(model, s)
-    trained, schedule, reference, _ = parts
+    state = trained, schedule, reference, _ = prepare(model, conds, s)
     cond = conds.repeat_interleave(s.group_size)
-    _, trajectory = rollout(trained, schedule, cond, s.steps)
-    rollout_parts = [(trajectory, cond, torch.randn(len(cond), device=device))]
+    tokens, trajectory = rollout(trained, schedule, cond, s.steps)
+    rollouts = [(tokens, trajectory, cond, torch.randn(len(cond), device=device))]
     still = torch.optim.SGD([{"params": list(p.parameters())} for p in (trained, schedule)], 0.0)
     twice = torch.cat([cond, cond])
 
@@ -78,9 +77,9 @@ def time_an_iteration(device, repeats=8):
     ms = in_turns({
         "rollout": lambda: rollout(trained, schedule, cond, s.steps),
         "forward": forward,
-        "update": lambda: update(trained, schedule, reference, still, rollout_parts, s),
+        "update": lambda: update(trained, schedule, reference, still, rollouts, s),
         "backward": backward,
-        "iteration": lambda: iterate(1, *parts, reward_fn, conds, s)}, device, repeats)
+        "iteration": lambda: iterate(1, state, reward_fn, conds, s)}, device, repeats)
     lines = [f"T = {s.steps}, {s.groups} groups of {s.group_size}, 49 tokens of 128, {device}", "",
              "| | ms | bare passes, ms | ratio |", "|---" * 4 + "|"]
     for name, ours, bare in (("rollout", ms["rollout"], ms["forward"]),
@@ -128,9 +127,9 @@ def peak_memory(device, s):
 def measure_memory(device):
     """Lines: peak memory over T, and over the size of the micro-batches."""
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"  # glibc: what is freed is given back
-    lines = ["| T | micro_batch | peak memory, MB |", "|---" * 3 + "|"]
-    for T, size in ((4, 0), (8, 0), (16, 0), (32, 0), (4, 60), (4, 30), (4, 12)):
-        s = replace(Settings(iters=2), steps=T, micro_batch=size)
+    lines = ["| T | micro_groups | peak memory, MB |", "|---" * 3 + "|"]
+    for T, size in ((4, 0), (8, 0), (16, 0), (32, 0), (4, 5), (4, 2), (4, 1)):
+        s = replace(Settings(iters=2), steps=T, micro_groups=size)
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a process's peak never falls
             lines.append(f"| {T} | {size} | {pool.submit(peak_memory, device, s).result():.0f} |")
     return lines
@@ -161,20 +160,20 @@ class Alive(TorchDispatchMode):
 def count_logits(B=16, L=8, V=16384):
     """Lines: the peak of a rollout and of an update, in tensors of [B, L, V]."""
     lines = [f"| V = {V:,} | rollout | update |", "|---" * 3 + "|"]
-    for guided, likelihood in itertools.product((False, True), ("fill", "exact")):
+    for guided in (False, True):
         model, _, conds = a_job(torch.device("cpu"), dim=8, depth=1, vocab=V, seq_len=L)
         if not guided:
             model.null_cond = None
-        s = Settings(likelihood=likelihood)
-        trained, schedule, reference, optimizer = prepare(model, s)
+        s = Settings()
+        trained, schedule, reference, optimizer = prepare(model, conds, s)
         cond = conds[torch.arange(B) % 10]
         with Alive() as first:
-            _, trajectory = rollout(trained, schedule, cond, s.steps, likelihood=likelihood)
-        parts = [(trajectory, cond, torch.randn(B))]
+            tokens, trajectory = rollout(trained, schedule, cond, s.steps)
+        rollouts = [(tokens, trajectory, cond, torch.randn(B))]
         with Alive() as second:
-            update(trained, schedule, reference, optimizer, parts, s)
+            update(trained, schedule, reference, optimizer, rollouts, s)
         tensors = [alive.peak / (4 * B * L * V) for alive in (first, second)]
-        name = f"{likelihood}, {'with' if guided else 'no'} guidance"
+        name = f"{'with' if guided else 'no'} guidance"
         lines.append(f"| {name} | {tensors[0]:.1f} | {tensors[1]:.1f} |")
     return lines
 
@@ -191,15 +190,15 @@ def count_rows(model):
 
 def rows_to(target, args, seed, device):
     """A line: rows until the mean held-out of five iterations reaches the target."""
-    world, base = cogrpo.build_world(toy, args, toy.Size(), seed, device)
+    world, base = a_base(args.out, args.data, toy.Size(), seed, device)
     s = Settings(seed=seed)
-    model, schedule, reference, optimizer = prepare(base, s)
-    both = count_rows(model), count_rows(reference)
+    conds = torch.arange(toy.CLASSES, device=device)
+    state = prepare(base, conds, s)
+    both = count_rows(state[0]), count_rows(state[2])
     held_out = []
     for i in range(s.iters):
-        _, tokens, cond = iterate(i, model, schedule, reference, optimizer, world.reward,
-                                  torch.arange(toy.CLASSES, device=device), s)
-        held_out.append(float(world.held_out(tokens, cond).mean()))
+        _, rollouts = iterate(i, state, world.reward, conds, s)
+        held_out += [float(world.held_out(tokens, cond).mean()) for tokens, _, cond, _ in rollouts]
         if statistics.fmean(held_out[-5:]) >= target:
             return f"seed {seed}: {i + 1} iterations, {both[0][0] + both[1][0]} rows"
     return f"seed {seed}: not within {s.iters} iterations"
@@ -207,14 +206,13 @@ def rows_to(target, args, seed, device):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto", help="cuda, mps or cpu")
     parser.add_argument("--rows", action="store_true", help="rows to a held-out of 0.30 instead")
     parser.add_argument("--data", help="for --rows, as for cogrpo.py")
-    parser.add_argument("--cache", default="cache", help="for --rows: where worlds are kept")
+    parser.add_argument("--out", default="ablation", help="for --rows: where base-SEED.pt is kept")
     args = parser.parse_args(argv)
-    device = cogrpo.pick_device(args.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.rows:
-        Path(args.cache).mkdir(parents=True, exist_ok=True)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         lines = [rows_to(0.30, args, seed, device) for seed in range(3)]
     else:
         lines = [*time_an_iteration(device), "", *time_a_sampler(device), "",

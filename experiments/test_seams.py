@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogrpo
 from cogrpo import MDM, Schedule, Settings, rollout, sample, train, update
-from test_cogrpo import (DEVICE, a_model, a_schedule, conds, gradients, likes_zeros, plain, split,
+from test_cogrpo import (DEVICE, a_model, a_schedule, conds, gradients, likes_large, plain, split,
                          trained, weights)
 
 # ------------------------------------------------------------------ anyone's model
@@ -308,7 +308,7 @@ def one_of_two(rank, folder):
     runs = []
     for _ in range(2):
         model, schedule, log = train(
-            copy.deepcopy(start), likes_zeros, torch.arange(4), Settings(iters=3, groups=4,
+            copy.deepcopy(start), likes_large, torch.arange(4), Settings(iters=3, groups=4,
                                                                          group_size=4, steps=2),
             lambda row, m, p, x, c: seen.append((x, c.tolist())))
         runs.append((weights(model), weights(schedule), [row["reward"] for row in log]))
@@ -332,7 +332,7 @@ def test_two_processes_do_the_work_of_one(tmp_path):
     (tokens_a, cond_a), (tokens_b, cond_b) = a["seen"][0], b["seen"][0]
     assert sorted(set(cond_a)) == [0, 1] and sorted(set(cond_b)) == [2, 3]
     assert not torch.equal(tokens_a, tokens_b)
-    mean = torch.cat([likes_zeros(x, None) for x in (tokens_a, tokens_b)]).mean()
+    mean = torch.cat([likes_large(x, None) for x in (tokens_a, tokens_b)]).mean()
     assert a["runs"][0][2][0] == pytest.approx(float(mean), rel=1e-5)
 
 
