@@ -123,7 +123,7 @@ class MDM(nn.Module):
 
 def logits_of(model, tokens, cond):
     """Any model's logits [B, L, V] in float32 at least. [MASK] and tokens at -inf are BANNED."""
-    if torch.is_autocast_enabled(tokens.device.type):
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         raise UserError("torch.autocast around the loop keeps old weights: use it in forward()")
     logits = model(tokens.clone(), cond.clone())  # the model may write into its input
     if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
@@ -602,7 +602,7 @@ def report(toy, out, world, base, model, schedule, s):
     cond = torch.arange(world.size.eval_samples, device=device) % toy.CLASSES
     rows, films = [], []
     for name, m, p, steps in (("base T=32", base, by_hand, 32), (f"base T={T}", base, by_hand, T),
-                              (f"{s.optimize} T={T}", model, schedule, T)):
+                              (f"{s.optimize if s.iters else 'loaded'} T={T}", model, schedule, T)):
         torch.manual_seed(s.seed)
         batches = tqdm(cond.split(50), f"measuring {name}", unit="batch", disable=None)
         results = [rollout(m, p, c, steps, explore=False) for c in batches]
@@ -626,14 +626,14 @@ def report(toy, out, world, base, model, schedule, s):
 def run(toy, args, s):
     out, device, start = Path(args.out).expanduser(), args.device, time.time()
     toy.make_folder(out)
-    if args.load:
-        world, base, model, schedule = load(toy, args.load, device)
-    else:
+    if args.load is None:
         print("1. digits, reward model and pretrained MDM")
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
         model, schedule = base, Schedule().to(device)
         save(toy, out / "base.pt", world, base, model, schedule)
+    else:
+        world, base, model, schedule = load(toy, args.load, device)
 
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])

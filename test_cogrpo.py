@@ -696,9 +696,11 @@ def test_the_pipeline_end_to_end(small, capsys):
     assert read("again/results.csv") == results
     measure = ["--iters=0", "--seed=2", "--load=out-quick/cogrpo.pt"]
     cogrpo.main([*measure, "--steps=3", "--out=measured"])
-    assert read("measured/results.csv") == results and not Path("measured/log.csv").exists()
+    measured = read("measured/results.csv")
+    assert measured[3][0] == "loaded T=3" and measured[3][1:] == results[3][1:]
+    assert not Path("measured/log.csv").exists()
     cogrpo.main([*measure, "--steps=8", "--out=é"])
-    assert "base T=8" in capsys.readouterr().out and Path("é/decoding.gif").exists()
+    assert "loaded T=8" in capsys.readouterr().out and Path("é/decoding.gif").exists()
     assert read("é/results.csv")[1] == results[1]  # T = 32 is the base's, as before
 
 

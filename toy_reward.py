@@ -81,7 +81,7 @@ def load_digits(data, size, seed):
         return train_set, read_mnist(raw, "t10k", size.test_images), f"digits: MNIST in {raw}"
     images, labels = drawn_digits(size.train_images + size.test_images, seed)
     n = size.train_images
-    source = f"digits: drawn with Pillow's font ({why})"
+    source = f"digits: drawn with Pillow's font ({why}); --data DIR takes MNIST"
     return (images[:n], labels[:n]), (images[n:], labels[n:]), source
 
 

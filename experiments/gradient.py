@@ -13,7 +13,6 @@ import math
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.distributions import Normal
 
 import cogrpo
 from cogrpo import MDM, Schedule, Settings, Step, constrain, observe, unconstrain
@@ -224,14 +223,15 @@ def scores(likelihood, model, schedule, trajectory):
         did = torch.cat([step.canvas, step.candidate, step.filled,
                          step.confidence.masked_fill(~step.filled, 0)], 1)
         _, which = did.unique(dim=0, return_inverse=True)
+        first = torch.zeros(int(which.max()) + 1, dtype=torch.long)
+        first[which] = torch.arange(len(which))  # a row of each kind
         rows = []
-        for k in range(int(which.max()) + 1):
-            i = slice(int((which == k).nonzero()[0]), int((which == k).nonzero()[0]) + 1)
+        for i in first.split(32):
             one = Step(step.t, step.T, step.canvas[i], step.masked[i], step.observation[i],
                        step.action[i], step.has_effect, step.candidate[i], step.confidence[i],
                        step.filled[i])
-            log_p = step_log_prob(likelihood, model, schedule, one).sum()
-            rows.append(flat(torch.autograd.grad(log_p, theta)))
+            log_p = step_log_prob(likelihood, model, schedule, one)
+            rows += [flat(torch.autograd.grad(x, theta, retain_graph=True)) for x in log_p]
         total = total + torch.stack(rows)[which]
     return total
 

@@ -7,18 +7,19 @@ import torch
 from torch.distributions import Normal
 
 import cogrpo
-from cogrpo import Schedule, Settings, rollout, update
-from experiments import gradient
-from experiments.gradient import (a_world, as_seen_by, bias_and_variance, every_trajectory,
-                                  gradient_of_update, in_every_order, scores, true_gradient)
-from test_cogrpo import a_model, a_schedule, conds, flat, plain, rescored
+from cogrpo import Schedule, Settings, cond_uncond, constrain, observe, rollout
+from experiments import exact, gradient
+from experiments.gradient import (UPDATES, a_model, a_schedule, a_world, as_seen_by,
+                                  bias_and_variance, every_trajectory, flat, gradient_of_update,
+                                  in_every_order, no_step, scores, step_log_prob, true_gradient,
+                                  unclipped)
 
 
 @pytest.mark.parametrize("T, V, seed, spacing, error", [
     (2, 2, 0, 0.3, 1e-8), (2, 2, 1, 0.3, 1e-8), (2, 3, 0, 0.3, 1e-8), (3, 2, 0, 0.6, 1e-4)])
 def test_the_exact_likelihood_gives_the_true_gradient(T, V, seed, spacing, error, monkeypatch):
     """All that a step decided, and the schedule's view of theta: then the estimator of the real
-    `update` is the gradient of the expected reward, but for the quadrature over thresholds."""
+    update is the gradient of the expected reward, but for the quadrature over thresholds."""
     monkeypatch.setattr(gradient, "SPACING", spacing)
     world = a_world(seed, T, V)
     _, true, _ = true_gradient(*world)
@@ -27,10 +28,9 @@ def test_the_exact_likelihood_gives_the_true_gradient(T, V, seed, spacing, error
 
 def test_the_fill_likelihood_misses_it_less_so_the_hotter_the_ranking():
     """The paper's drops which candidates were kept: a bias that fades as tau_r grows."""
-    for tau_r, low, high in ((0.3, 0.2, 2.0), (3.0, 0.02, 0.2), (100.0, 0.0, 0.01)):
+    for tau_r, low, high in ((0.3, 0.15, 2.0), (3.0, 0.02, 0.2), (100.0, 0.0, 0.01)):
         bias = np.mean([bias_and_variance("fill", seed, tau_r)[0] for seed in range(4)])
         assert low < bias < high
-    assert bias_and_variance("exact", 0, 0.3)[0] < 1e-6
 
 
 def test_the_fill_likelihood_misses_the_schedules_view_too():
@@ -41,53 +41,45 @@ def test_the_fill_likelihood_misses_the_schedules_view_too():
 
 
 @pytest.mark.parametrize("likelihood", ["fill", "exact"])
-def test_a_second_epoch_sees_the_schedule_as_it_is_by_then(likelihood):
-    """theta's part in p_phi is taken through the schedule's present weights, in each epoch."""
-    s = Settings(likelihood=likelihood, epochs=2, kl_model=0, kl_schedule=0, grad_norm=1e9)
-    model, schedule, cond = a_model(), a_schedule(), conds(24)
+def test_the_real_update_is_the_gradient_of_that_log_prob(likelihood):
+    """On a real rollout: -(1 / B L) sum A-hat grad log p, with `observed_log_prob` under exact."""
+    model, schedule, cond = a_model(3, 0), a_schedule(1), torch.zeros(24, dtype=torch.long)
     torch.manual_seed(0)
-    _, trajectory = rollout(model, schedule, cond, 3, likelihood=likelihood)
-    advantage = torch.randn(24).to(model.position)
-    optimizer = plain(model, schedule)
-    optimizer.param_groups[1]["lr"] = 0.1  # after the first epoch the schedule is another
-    update(model, schedule, model, optimizer, [(trajectory, cond, advantage)], s)
-    got = flat(p.grad for p in model.parameters())
-    gain = 0
-    schedule = a_schedule()  # what it was in the second epoch, before that one's step
-    step = plain(model, schedule)
-    step.param_groups[1]["lr"] = 0.1
-    update(model, schedule, model, step, [(trajectory, cond, advantage)],
-           cogrpo.replace(s, epochs=1))
-    for t, one in enumerate(trajectory):
-        log_theta, log_phi = rescored(model, schedule, one, t, 3, cond, likelihood)
-        gain += cogrpo.surrogate(log_theta, one.old_model, advantage[:, None], s.clip).sum()
-        if likelihood == "exact":
-            gain += cogrpo.surrogate(log_phi, one.old_schedule, advantage, s.clip).sum()
-    wanted = flat(torch.autograd.grad(-gain / (24 * 6), list(model.parameters())))
+    tokens, trajectory = rollout(model, schedule, cond, 3)
+    advantage = torch.randn(24).double()
+    with unclipped():
+        UPDATES[likelihood](model, schedule, model, no_step(model, schedule),
+                            [(tokens, trajectory, cond, advantage)], Settings(beta=0), "model")
+    got = gradient.gradient(model)
+    gain = sum((advantage * step_log_prob(likelihood, model, schedule, step)).sum()
+               for step in trajectory)
+    wanted = flat(torch.autograd.grad(-gain / (24 * 3), list(model.parameters())))
     assert (got - wanted).norm() < 1e-9 * wanted.norm()
+    assert all(p.grad is None for p in schedule.parameters())  # phi does not learn from it
 
 
-def draw_as(monkeypatch, noise):
-    """Let the schedule's exploration be `noise(mean)`; all other noise stays what it is."""
-    monkeypatch.setattr(cogrpo.torch, "randn_like", noise)
+def explore_by(monkeypatch, noise):
+    """Let the schedule's exploration be `noise(p_phi.mean)`; all other noise stays what it is."""
+    monkeypatch.setattr(Normal, "sample", lambda self: self.mean + noise(self.mean))
 
 
 def test_the_sampled_estimator_converges_to_the_true_gradient(monkeypatch):
-    """20,000 real rollouts and the real `update`: each component within its standard error."""
+    """20,000 real rollouts and the real update: each component within its standard error."""
     world = model, schedule, actions, table = a_world(1, reacts=0)
     J, true, density = true_gradient(*world)
     draws, n = iter(actions), 20000
-    draw_as(monkeypatch, lambda mean: (next(draws) - mean) / schedule.spread)
+    explore_by(monkeypatch, lambda mean: next(draws) - mean)
     torch.manual_seed(1)
     cond = torch.zeros(n, dtype=torch.long)
-    tokens, drawn = rollout(model, schedule, cond, 2, likelihood="exact")
-    s = Settings(likelihood="exact", kl_model=0, grad_norm=1e9)
-    parts = [(drawn, cond, table[tuple(tokens.T)] - J / density)]
-    update(model, schedule, model, plain(model, schedule), parts, s, "model")
-    got = -3 * flat(torch.zeros_like(q) if q.grad is None else q.grad for q in model.parameters())
+    tokens, drawn = rollout(model, schedule, cond, 2)
+    rollouts = [(tokens, drawn, cond, table[tuple(tokens.T)] - J / density)]
+    with unclipped():
+        exact.update(model, schedule, model, no_step(model, schedule), rollouts, Settings(beta=0),
+                     "model")
+    got = -3 * gradient.gradient(model)
     p, tokens, trajectory = as_seen_by("exact", model, schedule, actions)
     advantage = table[tuple(tokens.T)] - J / density
-    estimator = advantage[:, None] * scores(model, schedule, trajectory, "exact")
+    estimator = advantage[:, None] * scores("exact", model, schedule, trajectory)
     error = ((p / density @ estimator.square() - (true / density).square()) / n).sqrt()
     counts = error > 1e-9  # the embedding of a token that is never seen has no gradient
     z = ((got - true / density) / error)[counts]
@@ -96,19 +88,18 @@ def test_the_sampled_estimator_converges_to_the_true_gradient(monkeypatch):
 
 def test_phis_estimator_converges_to_a_quadrature(monkeypatch):
     """T = 1, only tau_s random: J(phi) is an integral over one normal variable."""
-    model, schedule, n = a_model(3, 3, 1, sharp=1.5).cpu(), a_schedule(4).cpu(), 60000
+    model, schedule, n = a_model(3, 0), a_schedule(4), 60000
     torch.manual_seed(0)
     table = torch.randn(3, 3, 3, dtype=torch.float64)
     only = torch.tensor([0, 1, 0, 0])
-    draw_as(monkeypatch, lambda x: torch.normal(0.0, 1.0, x.shape, dtype=x.dtype) * only)
+    explore_by(monkeypatch, lambda x: 0.3 * torch.normal(0.0, 1.0, x.shape, dtype=x.dtype) * only)
     canvas = torch.full((1, 3), model.mask_id)
     with torch.no_grad():
-        l_c, l_u = cogrpo.branches(model, canvas, torch.zeros(1, dtype=torch.long))
-    statistics = cogrpo.canvas_statistics(l_c.log_softmax(2), canvas == model.mask_id)
-    mean = schedule(statistics, 0, 1)[0]
-    w = cogrpo.constrain(mean)[3].detach()
+        l_c, l_u = cond_uncond(model, canvas, torch.zeros(1, dtype=torch.long))
+    mean = schedule(observe(l_c, canvas == model.mask_id), 0, 1)[0].mean[0]
+    w = constrain(mean)[3].detach()
     x, weight = [torch.tensor(a) for a in np.polynomial.hermite_e.hermegauss(40)]
-    tau_s = torch.nn.functional.softplus(mean[1] + schedule.spread * x)
+    tau_s = torch.nn.functional.softplus(mean[1] + schedule.std * x)
     p = ((l_c + w * (l_c - l_u)) / tau_s[:, None, None]).softmax(2)
     value = torch.einsum("qi,qj,qk,ijk->q", p[:, 0], p[:, 1], p[:, 2], table)
     J = (value * weight).sum() / weight.sum()
@@ -119,12 +110,12 @@ def test_phis_estimator_converges_to_a_quadrature(monkeypatch):
     cond = torch.zeros(n, dtype=torch.long)
     tokens, drawn = rollout(model, schedule, cond, 1)
     advantage = table[tuple(tokens.T)] - J.detach()
-    s = Settings(steps=1, kl_schedule=0, grad_norm=1e9)
-    parts = [(drawn, cond, advantage)]
-    update(model, schedule, model, plain(model, schedule), parts, s, "schedule")
+    with unclipped():
+        cogrpo.update(model, schedule, model, no_step(model, schedule),
+                      [(tokens, drawn, cond, advantage)], Settings(schedule_beta=0), "schedule")
     got = -flat(q.grad for q in phi) @ direction / direction.square().sum()
     wanted = true @ direction / direction.square().sum()
-    each = advantage * (drawn[0].action[:, 1] - mean[1].detach()) / schedule.spread ** 2
+    each = advantage * (drawn[0].action[:, 1] - mean[1].detach()) / schedule.std ** 2
     assert abs(got - wanted) < 4 * each.std() / n ** 0.5 < 0.7 * abs(wanted)
 
 
@@ -134,7 +125,7 @@ def test_the_groups_own_mean_as_a_baseline_shrinks_the_gradient_by_one_gth():
     _, true, density = true_gradient(*world)
     p, tokens, trajectory = as_seen_by("exact", model, schedule, actions)
     R, p = table[tuple(tokens.T)], p / density
-    S = scores(model, schedule, trajectory, "exact")
+    S = scores("exact", model, schedule, trajectory)
     i, j = torch.meshgrid(torch.arange(len(R)), torch.arange(len(R)), indexing="ij")
     pair = torch.stack([R[i], R[j]], -1)
     weighted = (p[i] * p[j])[..., None] * (pair - pair.mean(2, keepdim=True)) / 2
@@ -147,9 +138,8 @@ def test_the_groups_own_mean_as_a_baseline_shrinks_the_gradient_by_one_gth():
 def test_thresholds_and_orders_are_the_same_law(r):
     """A step's probabilities sum to one, and keeping given tokens is as likely by an integral
     over the threshold as by a sum over all orders and thrown-away candidates."""
-    model = a_model(3, 2, 1, sharp=1.5).cpu()
-    schedule = Schedule(hand_made=lambda t, T: (r, 0.7, 1.2, 0.5)).double()
-    actions = torch.stack([schedule.prior(t, 2, model.position) for t in (0, 1)])
+    model, schedule = a_model(2, 0), Schedule(lambda t, T: (r, 0.7, 1.2, 0.5)).double()
+    actions = cogrpo.unconstrain((r, 0.7, 1.2, 0.5)).expand(2, 4)
     laws = []
     for likelihood in ("fill", "exact"):  # fill: for its enumeration of orders
         p, _, trajectory = as_seen_by(likelihood, model, schedule, actions)
@@ -166,14 +156,15 @@ def test_thresholds_and_orders_are_the_same_law(r):
 def test_the_rollout_has_the_law_that_is_enumerated(r):
     """Chi-squared of 40,000 rollouts against every trajectory: the Gumbel noise, the confidence
     before tempering, the guidance, and who of the kept comes last all change this law."""
-    model, n = a_model(3, 3, 1, sharp=1.0).cpu(), 40000
-    schedule = Schedule(hand_made=lambda t, T: (r, 0.5, 2.0, 1.5)).double()
-    actions = torch.stack([schedule.prior(t, 2, model.position) for t in (0, 1)])
+    values, n = (r, 0.5, 2.0, 1.5), 40000
+    model, schedule = a_model(3, 0, sharp=1.0), Schedule(lambda t, T: values).double()
+    actions = cogrpo.unconstrain(values).expand(2, 4)
     p, tokens, trajectory = every_trajectory(model, schedule, actions, in_every_order)
     p = (p / p.sum()).detach()  # the density of the actions is the same constant for all
 
     def key(steps, tokens):  # which was kept last, the canvas after a step, and the end
-        last = steps[0].score.masked_fill(~steps[0].filled, math.inf).argmin(1, keepdim=True)
+        kept = steps[0].confidence.masked_fill(~steps[0].filled, math.inf)
+        last = kept.argmin(1, keepdim=True)
         return (torch.cat([last, steps[1].canvas, tokens], 1) * 4 ** torch.arange(7)).sum(1)
     torch.manual_seed(0)
     drawn, steps = rollout(model, schedule, torch.zeros(n, dtype=torch.long), 2, explore=False)
@@ -188,8 +179,24 @@ def test_the_rollout_has_the_law_that_is_enumerated(r):
 
 def test_exact_equals_fill_where_a_step_keeps_all():
     """In the last step nothing is ranked: the two likelihoods are the same numbers there."""
-    model, schedule = a_model(), a_schedule()
-    _, trajectory = rollout(model, schedule, conds(16), 3)
-    fill, exact = [rescored(model, schedule, trajectory[-1], 2, 3, conds(16), likelihood)[0]
-                   for likelihood in ("fill", "exact")]
-    assert torch.equal(exact, fill)
+    model, schedule, cond = a_model(3, 0), a_schedule(1), torch.zeros(16, dtype=torch.long)
+    _, trajectory = rollout(model, schedule, cond, 3)
+    last = trajectory[-1]
+    l_c, l_u = cond_uncond(model, last.canvas, cond)
+    logits = cogrpo.guided_logits(l_c, l_u, constrain(last.action)[:, 3])
+    wanted = cogrpo.model_likelihood(l_c, l_u, last) * last.masked
+    assert torch.equal(exact.exact_log_prob(logits, last), wanted)
+
+
+def test_exact_is_in_use_within_its_context_and_nowhere_else():
+    model, conds = a_model(3, 0), torch.zeros(1, dtype=torch.long)
+    s = Settings(iters=1, groups=1, steps=2)
+    results = []
+    for context in (exact.exact(), None, None):
+        if context:
+            with context:
+                learner, _, _ = cogrpo.train(model, lambda x, c: x.sum(1), conds, s)
+        else:
+            learner, _, _ = cogrpo.train(model, lambda x, c: x.sum(1), conds, s)
+        results.append(flat(learner.parameters()))
+    assert torch.equal(results[1], results[2]) and not torch.equal(results[0], results[1])
