@@ -1,10 +1,10 @@
 """Co-GRPO: a masked diffusion model and its inference schedule, optimised together by GRPO.
 
 A masked diffusion model (MDM) learns to predict hidden tokens in one step. It generates in T steps:
-predict every [MASK], keep the most confident predictions, repeat. A schedule, set by hand, says how
-many are kept and how boldly they are drawn; training never sees it. Co-GRPO (arXiv 2512.22288)
-calls the T steps one Markov decision process in which the model and the schedule both act, and
-trains both on the reward of the finished sample:
+predict every [MASK], keep the most confident predictions, repeat. How many are kept, and how boldly
+they are drawn, is decided by a schedule that is set by hand and that training never sees. Co-GRPO
+(arXiv 2512.22288) calls the T steps one Markov decision process in which model and schedule both
+act, and trains both on the reward of the finished sample:
 
     canvas x_t ----> schedule p_phi ----> action a_t = (r, tau_s, tau_r, w)
      ^     |                                 |
@@ -15,20 +15,20 @@ trains both on the reward of the finished sample:
     x_T ----> reward R ----> advantage within a group of G samples ----> update of theta and phi
 
     maximise    J(theta, phi) = E[R(x_T, c)]
-    policy      pi_t = p_phi(a_t | x_t, c) * product over the filled tokens of p_theta(token | ...)
-    gradient    E[sum_t A-hat grad log pi_t]. It is grad J but for two things that depend on theta,
-                too: which candidates were kept, and what the schedule saw. The paper's figure
-                leaves them out, and so does this file (experiments/exact.py has them).
+    policy      pi_t = p_phi(a_t | x_t, c) * product over filled tokens of p_theta(token | ...)
+    gradient    E[sum_t A-hat grad log pi_t]. It is not quite grad J: which candidates are kept and
+                what the schedule sees also depend on theta. The paper's figure leaves that out,
+                and so does this file. (experiments/exact.py has it.)
 
-    c           the condition              B, G    samples in a rollout, and in a group
-    x_t         the canvas at step t       L, V    tokens in a sample, and in the vocabulary
-    a_t         the schedule's action      T, t    steps, and the step: 0 .. T-1
-    r           re-mask ratio: after the step, floor(r L) of the L tokens are still masked
-    tau_s       sampling temperature: candidates are drawn from softmax(logits / tau_s)
-    tau_r       re-mask temperature: scale of the noise in the ranking of the candidates
-    w           guidance scale: logits = l_c + w (l_c - l_u)
-    l_c, l_u    the model's logits under the condition, and under the null condition
-    A-hat       the advantage              s       the Settings
+    c         the condition            B, G  samples in a rollout, and in a group
+    x_t       the canvas at step t     L, V  tokens in a sample, and in the vocabulary
+    a_t       the schedule's action    T, t  steps, and the step: 0 .. T-1
+    r         re-mask ratio: after the step, floor(r L) of the L tokens are still masked
+    tau_s     sampling temperature: candidates are drawn from softmax(logits / tau_s)
+    tau_r     re-mask temperature: scale of the noise in the ranking of the candidates
+    w         guidance scale: logits = l_c + w (l_c - l_u)
+    l_c, l_u  the model's logits under the condition, and under the null condition
+    A-hat     the advantage            s     the Settings
 
 From the paper's abstract, page and figure: the decision process, the two policies and their
 likelihoods, the four numbers of a_t, the group advantage, updates of theta and phi in turns.
@@ -47,18 +47,18 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave a busy machine's cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not keep a core busy
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Normal, kl_divergence
 from tqdm import tqdm
 
-BANNED = -1e30  # the logit of a token that is never drawn; finite, since 0 * -inf is NaN
+BANNED = -1e30  # logit of a token that is never drawn: finite, since 0 * -inf is NaN
 
 # -------------------------------- settings
 class UserError(ValueError):
-    """What the user can put right. The command line prints it without a traceback."""
+    """What the user can put right: the command line prints it without a traceback."""
 
 
 def setting(default, help, low=0, high=10 ** 9):
@@ -106,10 +106,10 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        layer = nn.TransformerEncoderLayer(  # with bias it rounds otherwise where no gradient is on
+        layer = nn.TransformerEncoderLayer(  # biases would round otherwise without gradients
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
-        nn.init.zeros_(layer.self_attn.out_proj.weight)  # x passes unchanged at first: this
-        nn.init.zeros_(layer.linear2.weight)             # is faster to train
+        nn.init.zeros_(layer.self_attn.out_proj.weight)  # x passes unchanged at first,
+        nn.init.zeros_(layer.linear2.weight)             # which is faster to train
         self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim),
                                             enable_nested_tensor=False)
         self.head = nn.Linear(dim, vocab_size)
@@ -125,12 +125,12 @@ def logits_of(model, tokens, cond):
     """Any model's logits [B, L, V] in float32 at least. [MASK] and tokens at -inf are BANNED."""
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         raise UserError("torch.autocast around the loop keeps old weights: use it in forward()")
-    logits = model(tokens.clone(), cond.clone())  # the model may write into its input
+    logits = model(tokens.clone(), cond.clone())  # it may write into them
     if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
         raise UserError("model: must return its logits, one tensor [B, L, V]")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logits = logits.masked_fill(logits < BANNED, BANNED)
-    if model.mask_id < logits.shape[2]:  # some models count [MASK] among their V tokens
+    if model.mask_id < logits.shape[2]:  # [MASK] is one of the V tokens
         logits[:, :, model.mask_id] = BANNED
     return logits
 
@@ -138,8 +138,8 @@ def logits_of(model, tokens, cond):
 def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     """Single-step masked prediction, as in BERT and MaskGIT. Trains `model` in place.
 
-    tokens int64 [N, L], cond [N, ...]. Each token of a row is masked with probability cos(pi U / 2),
-    U uniform; a fraction `drop` of cond becomes null, for guidance. Returns the last batch's loss.
+    tokens int64 [N, L], cond [N, ...]. The tokens of a row are masked with probability
+    cos(pi U / 2), U uniform. A fraction `drop` of cond becomes null, for guidance.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
@@ -169,7 +169,7 @@ def hand_made(t, T):
 
 
 def constrain(action):
-    """Unconstrained [..., 4] -> r (sigmoid), tau_s, tau_r, w (softplus): [..., 4]. (AdaNAT's)"""
+    """Unconstrained [..., 4] -> r (sigmoid), tau_s, tau_r, w (softplus): [..., 4]. (AdaNAT)"""
     return torch.cat([action[..., :1].sigmoid(), F.softplus(action[..., 1:])], -1)
 
 
@@ -184,12 +184,12 @@ def observe(l_c, masked):
     """What the schedule sees of a canvas and its condition: float [B, 3]. (ours)
 
     The masked fraction, and means over the masked positions of the largest probability and of the
-    entropy / log V: all that any model has. l_c float [B, L, V], masked bool [B, L].
+    entropy / log V. Any model has these. l_c float [B, L, V], masked bool [B, L].
     """
-    log_p = l_c.log_softmax(2)                                          # [B, L, V]
-    largest = log_p.amax(2).exp()                                       # [B, L]
+    log_p = l_c.log_softmax(2)     # [B, L, V]
+    largest = log_p.amax(2).exp()  # [B, L]
     entropy = -(log_p.exp() * log_p).sum(2) / math.log(log_p.shape[2])  # [B, L]
-    count = masked.sum(1)                                               # [B]
+    count = masked.sum(1)          # [B]
     means = [(x * masked).sum(1) / count.clamp(min=1) for x in (largest, entropy)]
     return torch.stack([count / masked.shape[1], *means], 1)
 
@@ -199,8 +199,8 @@ class Schedule(nn.Module):
 
     The residual's last layer starts at zero, so a new Schedule is the hand-made one. Its inputs
     are the observation and u = (t + 1) / T, so a schedule trained at one T runs at any other.
-    hand_made(t, T) returns four floats, r in 0..1 and tau_s, tau_r, w at least 0. It and std are
-    not in the state_dict: load that into a Schedule with the same.
+    hand_made(t, T) returns r, tau_s, tau_r, w, four floats. It and std are not in the state_dict:
+    load that into a Schedule with the same.
     """
 
     def __init__(self, hand_made=hand_made, std=0.3, hidden=32):
@@ -233,12 +233,12 @@ class Step:
     masked: torch.Tensor       # where x_t is [MASK], bool [B, L]
     observation: torch.Tensor  # what the schedule saw, [B, 3]
     action: torch.Tensor       # a_t, unconstrained, [B, 4]
-    has_effect: torch.Tensor   # r, tau_r: not in the last step; w: with guidance; bool [4]
+    has_effect: torch.Tensor   # which of r, tau_s, tau_r, w did something, bool [4]
     candidate: torch.Tensor    # a token drawn for every position, int64 [B, L]
-    confidence: torch.Tensor   # by which the candidates were ranked, [B, L]
+    confidence: torch.Tensor   # what ranks the candidates, [B, L]
     filled: torch.Tensor       # where the candidate was kept, bool [B, L]
-    old_log_theta: torch.Tensor = None  # [B, L], log-probs before the first update; it notes them
-    old_log_phi: torch.Tensor = None    # [B], likewise
+    old_log_theta: torch.Tensor = None  # [B, L], log-probs before the first update,
+    old_log_phi: torch.Tensor = None    # [B], which notes them here
 
 
 def cond_uncond(model, tokens, cond):
@@ -254,7 +254,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
-    return logits.masked_fill_(l_u <= BANNED, BANNED)  # what l_c bans is far below 0 anyway
+    return logits.masked_fill_(l_u <= BANNED, BANNED)
 
 
 def gumbel_like(x):
@@ -266,8 +266,8 @@ def gumbel_like(x):
 def rollout(model, schedule, cond, T, tokens=None, explore=True):
     """Fill canvases in T steps: cond [B, ...] -> (tokens int64 [B, L], a list of T `Step`s).
 
-    tokens: canvases to start from, int64 [B, L], of which mask_id is to be filled; r is then a
-    ratio of what is masked at the start, not of L. explore: draw the action, or take its mean.
+    tokens: canvases to start from, int64 [B, L]. mask_id is to be filled, and r is a ratio of what
+    is masked at the start. explore: draw the action; otherwise take its mean.
     """
     if tokens is None:
         tokens = torch.full((len(cond), model.seq_len), model.mask_id, device=cond.device)
@@ -288,15 +288,15 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         tempered = logits / tau_s[:, None, None]
         candidate = (tempered + gumbel_like(tempered)).argmax(2)  # [B, L]
 
-        # 3. The masked positions are ranked by log-probability (without tau_s) plus noise. The best
-        #    are kept, at least one, so that floor(r L) stay masked. The last step keeps all.
+        # 3. Masked positions are ranked by log-probability (without tau_s) plus noise. The best are
+        #    kept, at least one, so that floor(r L) stay masked. The last step keeps all, so that
+        #    r and tau_r have no effect there. Without guidance w has none.
         log_p = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]  # [B, L]
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
         rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the most confident
         left = (r * masked_at_start + 1e-3).floor()               # 2.9999 is 3
         keep = (masked.sum(1) - left).clamp(min=1)                # [B]
         filled = masked & (rank < keep[:, None]) if t < T - 1 else masked
-
         has_effect = cond.new_tensor([t < T - 1, True, t < T - 1, l_u is not None], dtype=bool)
         trajectory.append(Step(t, T, tokens, masked, observation, action, has_effect, candidate,
                                confidence, filled))
@@ -328,16 +328,12 @@ def group_advantage(reward, group_size):
     R = reward.view(-1, group_size)  # [B / G, G]
     std = R.std(1, keepdim=True)
     equal = std <= 1e-6 * R.abs().amax(1, keepdim=True)
-    A_hat = (R - R.mean(1, keepdim=True)) / std
-    return A_hat.masked_fill(equal, 0).flatten()
+    return ((R - R.mean(1, keepdim=True)) / std).masked_fill(equal, 0).flatten()
 
 
 # -------------------------------- policy likelihood
 def model_likelihood(l_c, l_u, step):
-    """log p_theta(candidate | a_t, x_t, c) at every position: [B, L].
-
-        log p_theta = log softmax(guided logits / tau_s)[candidate]
-    """
+    """log p_theta(candidate | a_t, x_t, c) = log softmax(logits / tau_s)[candidate]: [B, L]."""
     _, tau_s, _, w = constrain(step.action).unbind(1)
     tempered = guided_logits(l_c, l_u, w) / tau_s[:, None, None]
     return tempered.log_softmax(2).gather(2, step.candidate[:, :, None])[:, :, 0]
@@ -346,7 +342,7 @@ def model_likelihood(l_c, l_u, step):
 def schedule_likelihood(p_phi, step):
     """log p_phi(a_t | x_t, c): [B], a sum over those of r, tau_s, tau_r, w that have an effect.
 
-    To score the others would add noise to the gradient, and nothing else.
+    The others would add noise to the gradient, and nothing else.
     """
     return (p_phi.log_prob(step.action) * step.has_effect).sum(1)
 
@@ -364,8 +360,8 @@ def surrogate(log_p, old_log_p, advantage, clip):
 def categorical_kl(l_p, l_q):
     """KL(p || q) = 1 + sum_v p log(p / q) - p, of two logits [B, L, V]: [B, L].
 
-    1 and the sum of p cancel. They are there so that the gradient at p = q is exactly 0, and not
-    rounding noise that Adam would scale up.
+    1 and the sum of p cancel. With them the gradient at p = q is exactly 0, and not rounding noise
+    that Adam would scale up.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
@@ -393,9 +389,7 @@ def model_loss(model, reference, step, cond, advantage, s):
 def schedule_loss(schedule, step, advantage, s):
     """Scheduling policy optimization: a step's loss_phi, summed over the samples, and its KL.
 
-        loss_phi = [ -surrogate + schedule_beta KL ] / T
-
-    The action has one ratio. The KL is to the hand-made schedule.
+        loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) ] / T
     """
     p_phi, by_hand = schedule(step.observation, step.t, step.T)
     log_p = schedule_likelihood(p_phi, step)  # [B]
@@ -411,9 +405,8 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
 
         loss = mean over samples of sum_t [ loss_theta + loss_phi ]
 
-    No gradient goes through the generation: each step is scored on its own, and its graph is freed
-    before the next, so activations do not grow with T.
-    rollouts: a list of (tokens, trajectory, cond, advantage). Returns metrics of the last epoch.
+    No gradient goes through the generation. Each step is scored on its own, and its graph is freed
+    before the next. rollouts: a list of (tokens, trajectory, cond, advantage). Returns metrics.
     """
     B = sum(len(tokens) for tokens, _, _, _ in rollouts)
     for _ in range(s.epochs):
@@ -439,8 +432,8 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
 def prepare(model, conds, s, schedule=None):
     """What the iterations start from: (learner, schedule, reference, optimizer).
 
-    The given model becomes the KL's reference and does not change. The learner is a copy of it
-    that shares its frozen parameters. schedule: one to start from, which keeps its own std.
+    The model becomes the KL's reference and does not change. The learner is a copy of it that
+    shares its frozen parameters. schedule: one to start from, which keeps its own std.
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
@@ -448,8 +441,8 @@ def prepare(model, conds, s, schedule=None):
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner.eval(), theta, conds, s)
     schedule = copy.deepcopy(schedule) if schedule else Schedule(std=s.action_std)
-    phi = list(schedule.to(conds.device).parameters())
-    optimizer = torch.optim.Adam([{"params": theta}, {"params": phi}])
+    schedule.to(conds.device)
+    optimizer = torch.optim.Adam([{"params": theta}, {"params": list(schedule.parameters())}])
     return learner, schedule, model, optimizer
 
 
@@ -466,18 +459,17 @@ def check_model(model, theta, conds, s):
     if logits.requires_grad:
         logits.sum().backward()
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
-        raise UserError("model: no parameter gets a gradient: are all frozen, or does forward() "
-                        "detach, or use the weights of the model that this is a copy of?")
+        raise UserError("model: no gradients: frozen, detached, or bound to the copied weights?")
 
 
 def iterate(i, state, reward_fn, conds, s):
-    """Iteration i of Co-GRPO, on a state from `prepare`: (metrics, rollouts).
+    """Iteration i of Co-GRPO, on a state of `prepare`: (metrics, rollouts).
 
     metrics: a dict of floats. rollouts: a list of (tokens, trajectory, cond, advantage).
-    It seeds torch by s.seed and i: nothing drawn before matters, so a run can resume.
+    It seeds torch by s.seed and i, so that a run can resume.
     """
     if i >= s.iters:
-        raise UserError(f"iteration {i}: the learning rate is 0 from iters, {s.iters}, on")
+        raise UserError(f"iteration {i}: the last one is iters - 1, {s.iters - 1}")
     learner, schedule, reference, optimizer = state
     for module in (learner, reference):
         module.eval()
@@ -496,11 +488,10 @@ def iterate(i, state, reward_fn, conds, s):
         rollouts.append((tokens, trajectory, cond, group_advantage(reward, s.group_size)))
         rewards.append(reward)
     metrics = update(learner, schedule, reference, optimizer, rollouts, s, which)
-
     reward = torch.cat(rewards).view(-1, s.group_size)
-    metrics["reward"], metrics["group_std"] = reward.mean(), reward.std(1).mean()
+    metrics["iter"], metrics["reward"] = i, reward.mean()
+    metrics["group_std"] = reward.std(1).mean()
     metrics["groups_equal"] = (reward.amax(1) == reward.amin(1)).to(reward).mean()
-    metrics["iter"] = i
     metrics = {name: float(x) for name, x in metrics.items()}
     if not all(map(math.isfinite, metrics.values())):
         raise UserError(f"iteration {i}: NaN or infinity; lower lr or schedule_lr, use float32")
@@ -513,9 +504,9 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     model(tokens int64 [B, L], cond [B, ...]) -> logits [B, L, V], with the attributes seq_len,
     mask_id and null_cond (None: no guidance). It is left as it is, but in eval mode.
     reward_fn(tokens int64 [B, L], cond [B, ...]) -> B numbers.
-    conds [C, ...]: the conditions of the groups, cycled through, on the model's device.
-    on_iteration(metrics, learner, schedule, rollouts): called after each; may add to the metrics.
-    schedule: see `prepare`. Returns (learner, schedule, log), log a list of dicts of floats.
+    conds [C, ...]: the conditions of the groups, in turn, on the model's device.
+    on_iteration(metrics, learner, schedule, rollouts): called after each. schedule: see `prepare`.
+    Returns (learner, schedule, log), log a list of metrics.
     """
     conds = torch.as_tensor(conds)
     state = learner, schedule, _, _ = prepare(model, conds, settings, schedule)
@@ -534,10 +525,10 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
 def parse(argv):
     """The command line -> (arguments, Settings)."""
     parser = argparse.ArgumentParser(
-        usage="cogrpo.py [options]", allow_abbrev=False,
+        usage="cogrpo.py [flags]", allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,
-        epilog="the same base again: cogrpo.py --load out/base.pt --lr 1e-3 --out lr\n"
-               "measured at T = 8:   cogrpo.py --load out/cogrpo.pt --iters 0 --steps 8 --out T8")
+        epilog="train again:     cogrpo.py --load out/base.pt --lr 1e-3 --out lr\n"
+               "measure, T = 8:  cogrpo.py --load out/cogrpo.pt --iters 0 --steps 8 --out T8")
     toy = parser.add_argument_group("toy digits and files")
     source = toy.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="DIR", help="of MNIST; or drawn: digits drawn by Pillow")
@@ -617,8 +608,8 @@ def report(toy, out, world, base, model, schedule, s):
     before = torch.tensor([hand_made(t, T) for t in range(T)])            # [T, 4]
     after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
-    print(f"\n{toy.table(rows)}\n\n{s.optimize}: what learned. passes: two a step, under the "
-          "condition and the null condition.\n\nr, tau_s, tau_r, w, hand-made -> learned:")
+    print(f"\n{toy.table(rows)}\n\npasses of the model: two a step, with and without the condition"
+          "\n\nr, tau_s, tau_r, w, hand-made -> learned:")
     for t, (old, new) in enumerate(zip(before.tolist(), after.mean(1).tolist())):
         print(f"step {t}:", ",  ".join(f"{a:.2f} -> {b:.2f}" for a, b in zip(old, new)))
 
@@ -627,7 +618,7 @@ def run(toy, args, s):
     out, device, start = Path(args.out).expanduser(), args.device, time.time()
     toy.make_folder(out)
     if args.load is None:
-        print("1. digits, reward model and pretrained MDM")
+        print("1. pretraining, 2. Co-GRPO, 3. measuring: three minutes on two idle cores")
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
         model, schedule = base, Schedule().to(device)
@@ -640,7 +631,6 @@ def run(toy, args, s):
         metrics["held_out"] = float(p.mean())  # measured, and never trained on
         if metrics["iter"] % 10 == 9:
             save(toy, out / "cogrpo.pt", world, base, learner, schedule)
-
     if s.iters > 0:
         print(f"2. Co-GRPO, after {time.time() - start:.0f} s")
         if (out / "cogrpo.pt").exists():
@@ -663,7 +653,8 @@ def main(argv=None):
         print(f"cogrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; --out has base.pt and, every ten iterations, cogrpo.pt", file=sys.stderr)
+        print("\nstopped; base.pt in --out starts again with --load, cogrpo.pt is of every tenth "
+              "iteration", file=sys.stderr)
         sys.exit(130)
 
 

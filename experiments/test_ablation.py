@@ -189,8 +189,10 @@ def test_intervals_against_numbers():
     assert np.mean([abs(mean - 3) < half for mean, half in pairs]) == pytest.approx(0.95, abs=0.012)
 
 
-def test_the_whole_ablation_on_a_small_world(small, capsys):  # noqa: F811
+def test_the_whole_ablation_on_a_small_world(small, capsys, monkeypatch):  # noqa: F811
     """Nothing stubbed: three arms, the tables and the pictures."""
+    monkeypatch.setattr(ablation, "EVERY_T", (2, 4))
+    monkeypatch.setattr(ablation, "COLDER", (0.4,))
     ablation.main(["--data=drawn", "--quick", "--worlds=1", "--arms", "hand-made"])
     assert "run joint and hand-made" in capsys.readouterr().out
     ablation.main(["--data=drawn", "--quick", "--worlds=1", "--arms", "hand-made",
