@@ -1,0 +1,126 @@
+"""One real step with numbers, and as a picture: what is drawn, what is kept, what is scored.
+
+    python -m experiments.one_step out/base.pt      prints a table, draws assets/one_step.png
+
+out/base.pt is what `python cogrpo.py` leaves. It is step 1 of 4, of condition 3 and seed 0.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+import cogrpo
+import toy_reward as toy
+from cogrpo import Schedule, constrain, rollout
+
+CARD, SCORED, LINE = (247, 247, 244), (214, 110, 20), (120, 120, 120)
+
+
+def the_step(path, t=1, T=4, c=3):
+    """(world, that step of one sample, its log-probabilities [L] at temperature 1, next canvas)."""
+    world, base, _, schedule = cogrpo.load(toy, path, torch.device("cpu"))
+    cond = torch.tensor([c])
+    torch.manual_seed(0)
+    tokens, trajectory = rollout(base.eval(), schedule, cond, T)
+    step = trajectory[t]
+    with torch.no_grad():
+        l_c, l_u = cogrpo.cond_uncond(base, step.canvas, cond)
+    logits = cogrpo.guided_logits(l_c, l_u, constrain(step.action)[:, 3])
+    log_p = logits.log_softmax(2).gather(2, step.candidate[:, :, None])[0, :, 0]
+    return world, step, log_p, torch.where(step.filled, step.candidate, step.canvas)
+
+
+def table(step, log_p):
+    """Five masked positions: the first two, the last that is kept, the first that is not, the last."""
+    order = step.confidence[0].argsort(descending=True)
+    kept, masked = int(step.filled.sum()), int(step.masked.sum())
+    lines = ["| rank | position | candidate | log p | + noise | = confidence | kept | scored |",
+             "|---" * 8 + "|"]
+    for rank in (0, 1, kept - 1, kept, masked - 1):
+        i = int(order[rank])
+        confidence = float(step.confidence[0, i])
+        yes = "yes" if step.filled[0, i] else "no"
+        lines.append(f"| {rank + 1} of {masked} | {i} | token {int(step.candidate[0, i])} | "
+                     f"{float(log_p[i]):.2f} | {confidence - float(log_p[i]):+.2f} | "
+                     f"{confidence:.2f} | {yes} | {yes} |")
+    return lines
+
+
+# ------------------------------------------------------------------ the picture
+
+def dice(draw, x, y):
+    """Where something is drawn at random."""
+    draw.rounded_rectangle([x, y, x + 22, y + 22], 5, "white", LINE, 2)
+    for px, py in ((6, 6), (11, 11), (16, 16)):
+        draw.ellipse([x + px - 2, y + py - 2, x + px + 2, y + py + 2], LINE)
+
+
+def outlined(picture, where, scale):
+    """Frames around the tokens `where` [49]."""
+    draw = ImageDraw.Draw(picture)
+    for i in where.nonzero()[:, 0].tolist():
+        x, y = i % 7 * 4 * scale, i // 7 * 4 * scale
+        draw.rectangle([x, y, x + 4 * scale - 1, y + 4 * scale - 1], outline=SCORED, width=2)
+    return picture
+
+
+def shades(values, where, scale):
+    """values [49] as greys, where they count; white elsewhere."""
+    low, high = values[where].min(), values[where].max()
+    grey = torch.where(where, 0.15 + 0.75 * (values - low) / (high - low), 1.0)
+    page = Image.fromarray((grey.view(7, 7) * 255).byte().numpy()).convert("RGB")
+    return page.resize((28 * scale, 28 * scale), Image.Resampling.NEAREST)
+
+
+def draw_step(path, world, step, after, scale=6):
+    """canvas -> schedule -> draw -> rank -> canvas, from left to right."""
+    masked, filled = step.masked[0], step.filled[0]
+    before, drawn, then = [toy.canvas_picture(x, world.codebook, 1, scale) for x in (
+        step.canvas, torch.where(step.masked, step.candidate, step.canvas), after)]
+    ranked = shades(step.confidence[0], masked, scale)
+    boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored"),
+             ("model p_theta", drawn, "a candidate for every [MASK]"),
+             ("ranked", outlined(ranked, filled, scale), "log p + tau_r * noise: light is high"),
+             ("canvas x_t+1", outlined(then, filled, scale), "filled tokens are scored")]
+    w = 28 * scale + 56
+    page = Image.new("RGB", (len(boxes) * w + 30, 28 * scale + 100), CARD)
+    draw = ImageDraw.Draw(page)
+    for k, (title, picture, caption) in enumerate(boxes):
+        x, y = 30 + k * w, 50
+        toy.write_text(draw, (x, 18), title, 16)
+        toy.write_text(draw, (x, y + 28 * scale + 12), caption, 12,
+                       SCORED if "scored" in caption else toy.INK)
+        if picture:
+            page.paste(picture, (x, y))
+        else:
+            draw.rounded_rectangle([x, y, x + 28 * scale, y + 28 * scale], 10, "white", SCORED, 3)
+            values = constrain(step.action)[0].tolist()
+            for j, (name, value) in enumerate(zip(("r", "tau_s", "tau_r", "w"), values)):
+                toy.write_text(draw, (x + 32, y + 26 + 32 * j), f"{name} = {value:.2f}", 18)
+        if k < len(boxes) - 1:
+            arrow = x + 28 * scale + 6, y + 16 * scale
+            draw.line([*arrow, arrow[0] + 34, arrow[1]], LINE, 3)
+            draw.polygon([(arrow[0] + 38, arrow[1]), (arrow[0] + 28, arrow[1] - 6),
+                          (arrow[0] + 28, arrow[1] + 6)], LINE)
+        if k in (1, 2, 3):
+            dice(draw, x + 28 * scale - 24, 18)
+    toy.save_whole(path, page.save)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("base", help="a base.pt of cogrpo.py")
+    parser.add_argument("--out", default="assets/one_step.png", help="where the picture goes")
+    args = parser.parse_args(argv)
+    world, step, log_p, after = the_step(args.base)
+    left = [int(Schedule().hand_made(t, 4)[0] * 49 + 1e-3) for t in range(4)]
+    print(f"masked after each step, by hand, of 49: {left}")
+    print("a_t: " + ", ".join(f"{name} = {x:.2f}" for name, x in zip(
+        ("r", "tau_s", "tau_r", "w"), constrain(step.action)[0].tolist())))
+    print("\n".join(table(step, log_p)))
+    draw_step(Path(args.out), world, step, after)
+
+
+if __name__ == "__main__":
+    main()
