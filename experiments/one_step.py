@@ -70,7 +70,11 @@ def shades(values, where, scale):
     low, high = values[where].min(), values[where].max()
     grey = torch.where(where, 0.15 + 0.75 * (values - low) / (high - low), 1.0)
     page = Image.fromarray((grey.view(7, 7) * 255).byte().numpy()).convert("RGB")
-    return page.resize((28 * scale, 28 * scale), Image.Resampling.NEAREST)
+    page = page.resize((28 * scale, 28 * scale), Image.Resampling.NEAREST)
+    for i in (~where).nonzero()[:, 0].tolist():  # crossed out: not ranked
+        x, y = i % 7 * 4 * scale, i // 7 * 4 * scale
+        ImageDraw.Draw(page).line([x, y, x + 4 * scale - 1, y + 4 * scale - 1], LINE, 1)
+    return page
 
 
 def draw_step(path, world, step, after, scale=6):
