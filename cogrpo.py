@@ -2,7 +2,7 @@
 
 A masked diffusion model (MDM) learns to predict hidden tokens in one step. It generates in T steps:
 predict every [MASK], keep the most confident predictions, repeat. How many are kept, and how boldly
-they are drawn, is decided by a schedule that is set by hand and that training never sees. Co-GRPO
+they are drawn, is decided by a schedule set by hand, which training never sees. Co-GRPO
 (arXiv 2512.22288) calls the T steps one Markov decision process in which model and schedule both
 act, and trains both on the reward of the finished sample:
 
@@ -61,7 +61,7 @@ class UserError(ValueError):
     """What the user can put right: the command line prints it without a traceback."""
 
 
-def setting(default, help, low=0, high=10 ** 9):
+def setting(default, help, low=0, high=math.inf):
     """A field of Settings with its help text and its range."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
@@ -138,20 +138,19 @@ def logits_of(model, tokens, cond):
 def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     """Single-step masked prediction, as in BERT and MaskGIT. Trains `model` in place.
 
-    tokens int64 [N, L], cond [N, ...]. The tokens of a row are masked with probability
+    tokens int64 [N, L], cond [N, ...]. A row's tokens are masked with probability
     cos(pi U / 2), U uniform. A fraction `drop` of cond becomes null, for guidance.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
-    device = tokens.device
     for _ in tqdm(range(steps), "pretraining", unit="step", disable=None):
-        rows = torch.randint(len(tokens), (batch,), device=device)
+        rows = torch.randint(len(tokens), (batch,), device=tokens.device)
         target, c = tokens[rows], cond[rows]  # [batch, L], [batch, ...]
         if model.null_cond is not None:
-            dropped = torch.rand(batch, device=device) < drop
+            dropped = torch.rand(batch, device=tokens.device) < drop
             c[dropped] = torch.as_tensor(model.null_cond).to(c)
-        ratio = torch.cos(torch.rand(batch, 1, device=device) * math.pi / 2)
-        masked = torch.rand(target.shape, device=device) < ratio  # [batch, L]
+        ratio = torch.cos(torch.rand(batch, 1, device=tokens.device) * math.pi / 2)
+        masked = torch.rand(target.shape, device=tokens.device) < ratio  # [batch, L]
         logits = logits_of(model, target.masked_fill(masked, model.mask_id), c)
         loss = F.cross_entropy(logits[masked], target[masked])
         optimizer.zero_grad()
@@ -183,8 +182,8 @@ def unconstrain(values):
 def observe(l_c, masked):
     """What the schedule sees of a canvas and its condition: float [B, 3]. (ours)
 
-    The masked fraction, and means over the masked positions of the largest probability and of the
-    entropy / log V. Any model has these. l_c float [B, L, V], masked bool [B, L].
+    The masked fraction, and two means over masked positions: the largest probability and the
+    entropy / log V. l_c float [B, L, V], masked bool [B, L].
     """
     log_p = l_c.log_softmax(2)     # [B, L, V]
     largest = log_p.amax(2).exp()  # [B, L]
@@ -215,7 +214,7 @@ class Schedule(nn.Module):
         """observation [B, 3] -> p_phi and the hand-made policy, two Normals over [B, 4]."""
         values = self.hand_made(t, T)
         if not (len(values) == 4 and values[0] <= 1 and all(0 <= x < math.inf for x in values)):
-            raise UserError(f"hand_made({t}, {T}) = {values}: needs r in 0..1, the others >= 0")
+            raise UserError(f"hand_made({t}, {T}) = {values}: needs four, r in 0..1, others >= 0")
         u = torch.full_like(observation[:, :1], (t + 1) / T)
         residual = self.residual(torch.cat([observation, u], 1).to(self.residual[0].weight))
         by_hand = unconstrain(values).to(residual).expand_as(residual)  # [B, 4]
@@ -289,8 +288,8 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         candidate = (tempered + gumbel_like(tempered)).argmax(2)  # [B, L]
 
         # 3. Masked positions are ranked by log-probability (without tau_s) plus noise. The best are
-        #    kept, at least one, so that floor(r L) stay masked. The last step keeps all, so that
-        #    r and tau_r have no effect there. Without guidance w has none.
+        #    kept, at least one, so that floor(r L) stay masked. The last step keeps all: r and
+        #    tau_r have no effect there. Without guidance w has none.
         log_p = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]  # [B, L]
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
         rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the most confident
@@ -316,7 +315,7 @@ def evaluate(reward_fn, tokens, cond):
     reward = reward_fn(tokens.clone(), cond.clone())  # it may write into them
     R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
     if R.shape != cond.shape[:1] or not R.isfinite().all():
-        raise UserError(f"reward_fn: must return {len(cond)} finite numbers, one a sample")
+        raise UserError(f"reward_fn: needs {len(cond)} finite numbers, not {list(R.shape)} or NaN")
     return R.detach()
 
 
@@ -360,8 +359,8 @@ def surrogate(log_p, old_log_p, advantage, clip):
 def categorical_kl(l_p, l_q):
     """KL(p || q) = 1 + sum_v p log(p / q) - p, of two logits [B, L, V]: [B, L].
 
-    1 and the sum of p cancel. With them the gradient at p = q is exactly 0, and not rounding noise
-    that Adam would scale up.
+    1 and the sum of p cancel. With them the gradient at p = q is exactly 0, and not noise that
+    Adam would scale up.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
@@ -405,7 +404,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
 
         loss = mean over samples of sum_t [ loss_theta + loss_phi ]
 
-    No gradient goes through the generation. Each step is scored on its own, and its graph is freed
+    No gradient goes through the generation. Each step is scored on its own, and its graph freed
     before the next. rollouts: a list of (tokens, trajectory, cond, advantage). Returns metrics.
     """
     B = sum(len(tokens) for tokens, _, _, _ in rollouts)
@@ -440,8 +439,7 @@ def prepare(model, conds, s, schedule=None):
     learner = copy.deepcopy(model, memo=shared)  # what is in the memo is not copied
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner.eval(), theta, conds, s)
-    schedule = copy.deepcopy(schedule) if schedule else Schedule(std=s.action_std)
-    schedule.to(conds.device)
+    schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
     optimizer = torch.optim.Adam([{"params": theta}, {"params": list(schedule.parameters())}])
     return learner, schedule, model, optimizer
 
@@ -455,7 +453,7 @@ def check_model(model, theta, conds, s):
         raise UserError(f"model: {error}; no conds, or mask_id or null_cond too large?") from None
     logits = guided_logits(l_c, l_u, l_c.new_ones(2))
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
-        raise UserError("model: NaN, or other logits for an equal row: dropout in eval mode?")
+        raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
     if logits.requires_grad:
         logits.sum().backward()
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
@@ -471,8 +469,7 @@ def iterate(i, state, reward_fn, conds, s):
     if i >= s.iters:
         raise UserError(f"iteration {i}: the last one is iters - 1, {s.iters - 1}")
     learner, schedule, reference, optimizer = state
-    for module in (learner, reference):
-        module.eval()
+    nn.ModuleList([learner, reference]).eval()
     torch.manual_seed(10 ** 6 * s.seed + i)
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
@@ -494,7 +491,7 @@ def iterate(i, state, reward_fn, conds, s):
     metrics["groups_equal"] = (reward.amax(1) == reward.amin(1)).to(reward).mean()
     metrics = {name: float(x) for name, x in metrics.items()}
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"iteration {i}: NaN or infinity; lower lr or schedule_lr, use float32")
+        raise UserError(f"iteration {i}: NaN or infinity; lower lr or schedule_lr")
     return metrics, rollouts
 
 
@@ -502,7 +499,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     """Co-GRPO: `settings.iters` iterations from a pretrained model.
 
     model(tokens int64 [B, L], cond [B, ...]) -> logits [B, L, V], with the attributes seq_len,
-    mask_id and null_cond (None: no guidance). It is left as it is, but in eval mode.
+    mask_id and null_cond (None: no guidance). It is only put in eval mode.
     reward_fn(tokens int64 [B, L], cond [B, ...]) -> B numbers.
     conds [C, ...]: the conditions of the groups, in turn, on the model's device.
     on_iteration(metrics, learner, schedule, rollouts): called after each. schedule: see `prepare`.
@@ -525,8 +522,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
 def parse(argv):
     """The command line -> (arguments, Settings)."""
     parser = argparse.ArgumentParser(
-        usage="cogrpo.py [flags]", allow_abbrev=False,
-        formatter_class=argparse.RawTextHelpFormatter,
+        usage="cogrpo.py [flags]", formatter_class=argparse.RawTextHelpFormatter,
         epilog="train again:     cogrpo.py --load out/base.pt --lr 1e-3 --out lr\n"
                "measure, T = 8:  cogrpo.py --load out/cogrpo.pt --iters 0 --steps 8 --out T8")
     toy = parser.add_argument_group("toy digits and files")
@@ -548,7 +544,7 @@ def parse(argv):
     try:
         args.device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError):
-        parser.error(f"--device {args.device}: no such device here")
+        parser.error(f"--device {args.device}: not here; cpu, cuda, cuda:1, ...?")
     return args, Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
 
 
@@ -582,8 +578,8 @@ def load(toy, path, device):
         for module, name in zip(modules, ("world", "base", "model", "schedule")):
             module.load_state_dict(saved[name])
         return modules
-    except Exception as error:  # torch.load fails in many ways, and all have one cure
-        raise UserError(f"--load {path}: no base.pt or cogrpo.pt ({str(error)[:99]})") from None
+    except Exception:  # torch.load fails in many ways
+        raise UserError(f"--load {path}: no base.pt or cogrpo.pt of cogrpo.py") from None
 
 
 def report(toy, out, world, base, model, schedule, s):
@@ -592,7 +588,8 @@ def report(toy, out, world, base, model, schedule, s):
     by_hand = Schedule().to(device)
     cond = torch.arange(world.size.eval_samples, device=device) % toy.CLASSES
     rows, films = [], []
-    for name, m, p, steps in (("base T=32", base, by_hand, 32), (f"base T={T}", base, by_hand, T),
+    for name, m, p, steps in (("hand-made T=32", base, by_hand, 32),
+                              (f"hand-made T={T}", base, by_hand, T),
                               (f"{s.optimize if s.iters else 'loaded'} T={T}", model, schedule, T)):
         torch.manual_seed(s.seed)
         batches = tqdm(cond.split(50), f"measuring {name}", unit="batch", disable=None)
@@ -608,7 +605,7 @@ def report(toy, out, world, base, model, schedule, s):
     before = torch.tensor([hand_made(t, T) for t in range(T)])            # [T, 4]
     after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
-    print(f"\n{toy.table(rows)}\n\npasses of the model: two a step, with and without the condition"
+    print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")
     for t, (old, new) in enumerate(zip(before.tolist(), after.mean(1).tolist())):
         print(f"step {t}:", ",  ".join(f"{a:.2f} -> {b:.2f}" for a, b in zip(old, new)))
@@ -618,7 +615,8 @@ def run(toy, args, s):
     out, device, start = Path(args.out).expanduser(), args.device, time.time()
     toy.make_folder(out)
     if args.load is None:
-        print("1. pretraining, 2. Co-GRPO, 3. measuring: three minutes on two idle cores")
+        print("1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute; its figures mean nothing"
+              if args.quick else "three minutes on two idle cores")
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
         model, schedule = base, Schedule().to(device)
@@ -648,13 +646,13 @@ def run(toy, args, s):
 def main(argv=None):
     import toy_reward as toy  # here, so that the method needs neither torchvision nor Pillow
     try:
-        run(toy, *parse(argv))
+        args, s = parse(argv)
+        run(toy, args, s)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; base.pt in --out starts again with --load, cogrpo.pt is of every tenth "
-              "iteration", file=sys.stderr)
+        print("\nstopped; for --load there is:", *Path(args.out).glob("*.pt"), file=sys.stderr)
         sys.exit(130)
 
 

@@ -102,9 +102,9 @@ def read_mnist(raw, part, limit):
         count = labels.bincount(minlength=CLASSES)
         if images.shape != (len(labels), SIDE, SIDE) or len(count) > CLASSES or count.min() < 4:
             raise ValueError(f"{list(images.shape)} images, {count.tolist()} of each digit")
-    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError, KeyError) as error:
-        raise UserError(f"--data: {raw}/{part}-* are not MNIST's files ({error}); fetch them "
-                        "again, or use --data drawn") from None
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError) as error:
+        raise UserError(f"--data: {raw}/{part}-* are not of MNIST ({str(error) or 'damaged'}): "
+                        "fetch them again, or use --data drawn") from None
     return images, labels
 
 
@@ -151,7 +151,6 @@ def drawn_digits(n, seed=0):
                                      Image.Resampling.BICUBIC)
     return torch.from_numpy(images), torch.from_numpy(labels)
 
-
 # ------------------------------------------------------------------ codebook
 def patches(images):
     """images float [B, 28, 28] -> their patches [B, 49, 16], row by row."""
@@ -182,10 +181,8 @@ def encode(images, codebook):
 
 def decode(tokens, codebook):
     """tokens int64 [B, 49] -> images float [B, 28, 28]."""
-    side = SIDE // PATCH
-    cut = codebook[tokens].unflatten(2, (PATCH, PATCH)).unflatten(1, (side, side))
+    cut = codebook[tokens].unflatten(2, (PATCH, PATCH)).unflatten(1, (-1, SIDE // PATCH))
     return cut.transpose(2, 3).flatten(3).flatten(1, 2)
-
 
 # ------------------------------------------------------------------ reward model, held-out model
 class RewardModel(nn.Module):
@@ -244,7 +241,6 @@ def train_reward_model(model, tokens, labels, codebook, epochs, batch=128):
             optimizer.step()
             rate.step()
 
-
 # ------------------------------------------------------------------ the world: reward and measures
 def frechet(a, b):
     """|mean difference|^2 + tr(A + B - 2 (A B)^1/2) of Gaussians fitted to a [N, D], b [M, D]."""
@@ -258,7 +254,7 @@ def frechet(a, b):
 
 
 def diversity(tokens, cond):
-    """How many of their tokens two samples of one class differ in: a fraction, mean over classes."""
+    """The fraction of tokens that two samples of one class differ in: a mean over classes."""
     alike = []
     for c in cond.unique():
         counts = F.one_hot(tokens[cond == c].cpu()).sum(0).double()  # [L, V]
@@ -334,7 +330,6 @@ def build_world(train_set, test_set, size, device="cpu"):
         train_reward_model(model, tokens[half], labels[half], codebook, size.reward_epochs)
     return world, tokens, labels
 
-
 # ------------------------------------------------------------------ files and tables
 def make_folder(path):
     try:
@@ -378,7 +373,6 @@ def table(rows):
     lines.insert(1, ["-" * width for width in widths])
     padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
-
 
 # ------------------------------------------------------------------ pictures
 INK, GREY, BLUE, PALE = (30, 30, 30), (140, 140, 140), (40, 100, 200), (185, 205, 240)
@@ -439,8 +433,9 @@ def draw_decoding(path, films, world):
         pictures = {f"{name}, step {t} of {T} (blue: [MASK])":
                     canvas_picture(film[t][rows], world.codebook, 5, 3)
                     for (name, film), rows in zip(films, shown)}
-        frames.append(page_of(pictures, len(films)).quantize(64))
-    duration = [max(100, 4000 // T)] * T + [4000]  # milliseconds
+        rule = "each digit: of five samples the one of median held-out p(c | image)"
+        frames.append(page_of(pictures, len(films), rule).quantize(64))
+    duration = [min(1000, max(100, 4000 // T))] * T + [4000]  # milliseconds
     save_whole(path, lambda part: frames[0].save(part, save_all=True, loop=0, duration=duration,
                                                  append_images=frames[1:]))
 
@@ -494,14 +489,15 @@ def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230)
 def draw_schedule(path, by_hand, learned):
     """by_hand [T, 4] and learned [T, N, 4]: r, tau_s, tau_r, w of each step, for N canvases."""
     names = ("re-mask ratio r (the last step fills all)", "sampling temperature tau_s",
-             "re-mask temperature tau_r (likewise)", "guidance scale w")
+             "re-mask temperature tau_r (no effect in the last step)", "guidance scale w")
     charts, T = {}, len(by_hand)
     for j in range(4) if T > 1 else (1, 3):  # no effect in the last step: r and tau_r
         steps = list(range(T - 1 if j in (0, 2) else T))
         low, mid, high = [learned[steps, :, j].quantile(q, 1).tolist() for q in (.05, .5, .95)]
         lines = [(steps + steps[::-1], low + high[::-1], PALE, 0),
                  (steps, by_hand[steps, j].tolist(), GREY, 6), (steps, mid, BLUE, 2)]
-        charts[names[j]] = chart("step", lines, low=0)
+        ticks = {t: str(t) for t in steps} if T <= 12 else None
+        charts[names[j]] = chart("step", lines, 0, ticks)
     legend = "grey: hand-made      blue: learned (median)      pale: 5 to 95% of the canvases"
     save_whole(path, page_of(charts, 2, legend).save)
 
@@ -518,7 +514,7 @@ def draw_curves(path, log):
     for name, caption in CURVES.items():
         x = [i for i, row in enumerate(log) if name in row]
         y = [log[i][name] for i in x]
-        near = np.exp(-np.square(np.subtract.outer(x, x) / (1 + len(x) / 25)))
+        near = np.exp(-np.square(np.subtract.outer(x, x) / (0.5 + len(x) / 25)))
         if x:
             lines = [(x, y, PALE, 1), (x, list(near @ y / near.sum(1)), BLUE, 3)]
             charts[caption] = chart("iteration", lines)

@@ -2,7 +2,7 @@
 
     python -m experiments.noise --data DIR --seed 4 --runs 8      a table
 
-The world (digits, codebook, reward models, pretrained model) and the samples' seed stay as they are;
+The world (digits, codebook, reward models, pretrained model) and the samples' seed stay the same;
 the seed of Co-GRPO alone differs.
 """
 import argparse

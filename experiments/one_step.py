@@ -32,7 +32,7 @@ def the_step(path, t=1, T=4, c=3):
 
 
 def table(step, log_p):
-    """Five masked positions: the first two, the last that is kept, the first that is not, the last."""
+    """Five masked positions: the first two, the last kept, the first not kept, the last."""
     order = step.confidence[0].argsort(descending=True)
     kept, masked = int(step.filled.sum()), int(step.masked.sum())
     lines = ["| rank | position | candidate | log p | + noise | = confidence | kept | scored |",
@@ -101,7 +101,7 @@ def draw_step(path, world, step, after, scale=6):
             draw.rounded_rectangle([x, y, x + 28 * scale, y + 28 * scale], 10, "white", SCORED, 3)
             values = constrain(step.action)[0].tolist()
             for j, (name, value) in enumerate(zip(("r", "tau_s", "tau_r", "w"), values)):
-                toy.write_text(draw, (x + 32, y + 26 + 32 * j), f"{name} = {value:.2f}", 18)
+                toy.write_text(draw, (x + 32, y + 26 + 32 * j), f"{name} = {value:.3f}", 18)
         if k < len(boxes) - 1:
             arrow = x + 28 * scale + 6, y + 16 * scale
             draw.line([*arrow, arrow[0] + 34, arrow[1]], LINE, 3)

@@ -47,7 +47,8 @@ def one_of_two(rank, folder):
     experts, _, _ = distributed.train(Experts(), likes_large, torch.arange(2), s)
     torch.save({"weights": [weights(learner), weights(schedule), weights(experts)],
                 "start": weights(model), "first": weights(first), "noise": model.noise.clone(),
-                "extra": experts.extra.detach(), "seen": seen, "conds": conds}, f"{folder}/{rank}.pt")
+                "extra": experts.extra.detach(), "seen": seen, "conds": conds},
+               f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Anyone's model, reward and conditions through the seams of cogrpo.py: what works, what is refused."""
+"""A user's model, reward and conditions: what works, and what is refused."""
 import copy
 import math
 import random
@@ -9,8 +9,8 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
 import cogrpo
-from cogrpo import (MDM, Schedule, Settings, UserError, constrain, iterate, prepare, rollout, sample,
-                    train)
+from cogrpo import (MDM, Schedule, Settings, UserError, constrain, iterate, prepare, rollout,
+                    sample, train)
 from test_cogrpo import (DEVICE, a_model, a_schedule, conds, flat, likes_large, trained, weights)
 
 # ------------------------------------------------------------------ anyone's model
@@ -306,7 +306,7 @@ def test_rewards_run_without_gradients():
     (4, 1.0, 1.0, 1.0), (0.5, -1.0, 1.0, 1.0), (0.5, 1.0, 1.0, -0.1), (0.5, math.nan, 1.0, 1.0),
     (0.5, 1.0, math.inf, 1.0), (0.5, 1.0, 1.0)])
 def test_a_hand_made_schedule_out_of_range_is_refused(values):
-    with pytest.raises(UserError, match=r"hand_made\(0, 2\) = .*needs r in 0..1"):
+    with pytest.raises(UserError, match=r"hand_made\(0, 2\) = .*needs four, r in 0..1"):
         trained(start=Schedule(lambda t, T: values))
     trained(start=Schedule(lambda t, T: (0.0, 0.0, 0.0, 0.0)), iters=1)
 
@@ -316,7 +316,7 @@ def test_a_model_that_is_not_the_same_twice_is_refused():
     model = a_model()
     model.head = nn.Sequential(model.head, nn.ReLU())
     model.head[1].forward = lambda x: nn.functional.dropout(x, 0.1, training=True)
-    with pytest.raises(UserError, match="dropout in eval mode"):
+    with pytest.raises(UserError, match="equal rows: dropout"):
         trained(model)
 
 
@@ -353,7 +353,7 @@ def test_ids_out_of_range_and_missing_conditions_are_refused():
     lambda x, c: torch.zeros(len(x), 1), lambda x, c: torch.full((len(x),), math.nan),
     lambda x, c: [0.0] * (len(x) - 1), lambda x, c: 0.0])
 def test_a_reward_that_is_not_one_finite_number_a_sample_is_refused(reward):
-    with pytest.raises(UserError, match="reward_fn: must return 12 finite numbers"):
+    with pytest.raises(UserError, match="reward_fn: needs 12 finite numbers"):
         trained(reward=reward)
 
 
