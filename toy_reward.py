@@ -443,7 +443,7 @@ def draw_decoding(path, films, world):
 def round_numbers(low, high):
     """About four round numbers between low and high."""
     step = 10 ** math.floor(math.log10((high - low) / 2))
-    for factor in (5, 2):
+    for factor in (2, 2.5):
         if (high - low) / step > 5:
             step *= factor
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
@@ -451,7 +451,7 @@ def round_numbers(low, high):
 
 def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230):
     """lines: [(x, y, colour, thickness)], thickness 0 for a filled outline; low: of the y axis
-    (default: below the data); ticks: {x: label}; labels beside points: [(x, y, text)]."""
+    (default: below the data); ticks: {x: label}; labels below points: [(x, y, text)]."""
     page = Image.new("RGB", (width * 2, height * 2), "white")  # halved later, for smooth lines
     draw = ImageDraw.Draw(page)
     left, right, top, bottom = 104, 2 * width - 32, 10, 2 * height - 72
@@ -481,7 +481,7 @@ def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230)
             size = thickness + 4
             draw.ellipse([px - size, py - size, px + size, py + size], colour)
     for x, y, text in labels:
-        write_text(draw, (at(x, y)[0] + 16, at(x, y)[1]), text, 24, INK, "lm")
+        write_text(draw, (at(x, y)[0], at(x, y)[1] + 14), text, 24, INK, "ra")
     draw.line([left, top, left, bottom, right, bottom], GREY, 2)
     return page.resize((width, height), Image.Resampling.LANCZOS)
 

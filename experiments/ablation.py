@@ -330,7 +330,7 @@ def draw_frontier(path, figures):
                         for key in keys)
         x, y = [point[0] for point in points], [point[1] for point in points]
         lines.append((x, y, toy.BLUE if arm == "joint" else toy.GREY, 2))
-        labels.append((x[-1], y[-1] + (0.02 if arm == "model only" else 0), f"{arm}, T = {at}"))
+        labels.append((x[-1], y[-1], f"{arm}, T = {at}"))
     if lines:
         picture = toy.chart("diversity", lines, labels=labels, width=840, height=500)
         title = "held-out p(c | image), tau_s x 1 (right) to x 0.4 (left): up and right is better"
