@@ -8,7 +8,6 @@
               few-step decoding gets wrong, and it takes no sample of the model to make one.
     measures  p(c | image), accuracy and features of a held-out net that saw the other half of the
               digits and only measures; pixels; diversity. A hacked reward shows in them.
-
 Both nets see digits as they see samples, through the codebook. cogrpo.py knows none of this.
 """
 import csv
@@ -451,7 +450,7 @@ def round_numbers(low, high):
 
 def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230):
     """lines: [(x, y, colour, thickness)], thickness 0 for a filled outline; low: of the y axis
-    (default: below the data); ticks: {x: label}; labels below points: [(x, y, text)]."""
+    (default: below the data); ticks: {x: label}; labels beside points: [(x, y, text)]."""
     page = Image.new("RGB", (width * 2, height * 2), "white")  # halved later, for smooth lines
     draw = ImageDraw.Draw(page)
     left, right, top, bottom = 104, 2 * width - 32, 10, 2 * height - 72
@@ -481,7 +480,7 @@ def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230)
             size = thickness + 4
             draw.ellipse([px - size, py - size, px + size, py + size], colour)
     for x, y, text in labels:
-        write_text(draw, (at(x, y)[0], at(x, y)[1] + 14), text, 24, INK, "ra")
+        write_text(draw, (at(x, y)[0] + 16, at(x, y)[1]), text, 24, INK, "lm")
     draw.line([left, top, left, bottom, right, bottom], GREY, 2)
     return page.resize((width, height), Image.Resampling.LANCZOS)
 
