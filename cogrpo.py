@@ -106,7 +106,7 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        layer = nn.TransformerEncoderLayer(  # biases would round otherwise without gradients
+        layer = nn.TransformerEncoderLayer(  # with biases no_grad rounds differently
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # x passes unchanged at first,
         nn.init.zeros_(layer.linear2.weight)             # which is faster to train
@@ -124,7 +124,7 @@ class MDM(nn.Module):
 def logits_of(model, tokens, cond):
     """Any model's logits [B, L, V] in float32 at least. [MASK] and tokens at -inf are BANNED."""
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        raise UserError("torch.autocast around the loop keeps old weights: use it in forward()")
+        raise UserError("torch.autocast around the loop caches cast weights: use it in forward()")
     logits = model(tokens.clone(), cond.clone())  # it may write into them
     if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
         raise UserError("model: must return its logits, one tensor [B, L, V]")
@@ -293,7 +293,7 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         log_p = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]  # [B, L]
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
         rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the most confident
-        left = (r * masked_at_start + 1e-3).floor()               # 2.9999 is 3
+        left = (r * masked_at_start + 1e-3).floor()               # 2.9999 means 3
         keep = (masked.sum(1) - left).clamp(min=1)                # [B]
         filled = masked & (rank < keep[:, None]) if t < T - 1 else masked
         has_effect = cond.new_tensor([t < T - 1, True, t < T - 1, l_u is not None], dtype=bool)
