@@ -236,8 +236,8 @@ class Step:
     candidate: torch.Tensor    # a token drawn for every position, int64 [B, L]
     confidence: torch.Tensor   # what ranks the candidates, [B, L]
     filled: torch.Tensor       # where the candidate was kept, bool [B, L]
-    old_log_theta: torch.Tensor = None  # [B, L], log-probs before the first update,
-    old_log_phi: torch.Tensor = None    # [B], which notes them here
+    old_log_theta: torch.Tensor = None  # [B, L], log-probs in the rollout:
+    old_log_phi: torch.Tensor = None    # [B], the first update fills them in
 
 
 def cond_uncond(model, tokens, cond):
@@ -293,7 +293,7 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         log_p = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]  # [B, L]
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
         rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the most confident
-        left = (r * masked_at_start + 1e-3).floor()               # 2.9999 means 3
+        left = (r * masked_at_start + 1e-3).floor()               # 2.9999 is 3
         keep = (masked.sum(1) - left).clamp(min=1)                # [B]
         filled = masked & (rank < keep[:, None]) if t < T - 1 else masked
         has_effect = cond.new_tensor([t < T - 1, True, t < T - 1, l_u is not None], dtype=bool)
@@ -341,14 +341,14 @@ def model_likelihood(l_c, l_u, step):
 def schedule_likelihood(p_phi, step):
     """log p_phi(a_t | x_t, c): [B], a sum over those of r, tau_s, tau_r, w that have an effect.
 
-    The others would add noise to the gradient, and nothing else.
+    Those without would only add noise to the gradient.
     """
     return (p_phi.log_prob(step.action) * step.has_effect).sum(1)
 
 
 # -------------------------------- policy optimization
 def surrogate(log_p, old_log_p, advantage, clip):
-    """PPO: min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat), ratio = p_now / p_rollout.
+    """PPO: min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat), ratio = exp(log_p - old_log_p).
 
     In the first update after a rollout every ratio is 1 and the clip does nothing (see --epochs).
     """
@@ -455,7 +455,7 @@ def check_model(model, theta, conds, s):
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
     if logits.requires_grad:
-        logits.sum().backward()
+        logits.sum().backward()  # `update` clears them
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
         raise UserError("model: no gradients: frozen, detached, or bound to the copied weights?")
 
