@@ -1,10 +1,9 @@
 """Co-GRPO: a masked diffusion model and its inference schedule, optimised together by GRPO.
 
-A masked diffusion model (MDM) learns to predict hidden tokens in one step. It generates in T steps:
+A masked diffusion model (MDM) learns to predict hidden tokens in one step, but generates in T:
 predict every [MASK], keep the most confident predictions, repeat. How many are kept, and how boldly
-they are drawn, is decided by a schedule set by hand, which training never sees. Co-GRPO
-(arXiv 2512.22288) calls the T steps one Markov decision process in which model and schedule both
-act, and trains both on the reward of the finished sample:
+they are drawn, is up to a schedule that training never sees. Co-GRPO (arXiv 2512.22288) calls the T
+steps one Markov decision process, and trains model and schedule on the reward of the sample:
 
     canvas x_t ----> schedule p_phi ----> action a_t = (r, tau_s, tau_r, w)
      ^     |                                 |
@@ -12,13 +11,12 @@ act, and trains both on the reward of the finished sample:
      |                     |
      +---- x_{t+1} <---- a candidate for every [MASK], of which the most confident are kept
 
-    x_T ----> reward R ----> advantage within a group of G samples ----> update of theta and phi
+    x_T ----> reward R ----> advantage within its group ----> update of theta and phi
 
     maximise    J(theta, phi) = E[R(x_T, c)]
     policy      pi_t = p_phi(a_t | x_t, c) * product over filled tokens of p_theta(token | ...)
-    gradient    E[sum_t A-hat grad log pi_t]. It is not quite grad J: which candidates are kept and
-                what the schedule sees also depend on theta. The paper's figure leaves that out,
-                and so does this file. (experiments/exact.py has it.)
+    gradient    E[sum_t A-hat grad log pi_t]: not quite grad J. What is kept, and what the schedule
+                sees, also depend on theta. The paper's figure leaves that out, and so do we.
 
     c         the condition            B, G  samples in a rollout, and in a group
     x_t       the canvas at step t     L, V  tokens in a sample, and in the vocabulary
@@ -28,14 +26,13 @@ act, and trains both on the reward of the finished sample:
     tau_r     re-mask temperature: scale of the noise in the ranking of the candidates
     w         guidance scale: logits = l_c + w (l_c - l_u)
     l_c, l_u  the model's logits under the condition, and under the null condition
-    A-hat     the advantage            s     the Settings
 
 From the paper's abstract, page and figure: the decision process, the two policies and their
 likelihoods, the four numbers of a_t, the group advantage, updates of theta and phi in turns.
 From AdaNAT and AdaGen: sigmoid and softplus, a residual on the hand-made schedule that starts at 0.
 Ours: joint updates (the page calls them unstable), the Gaussian's fixed std, what the schedule
 observes, one ratio a token and one an action, both KLs, the scale of the losses, the toy world.
-The page links the authors' code. We could not reach it: nothing here was checked against it.
+The page links the authors' code, which we could not reach: nothing was checked against it.
 """
 import argparse
 import copy
@@ -47,7 +44,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not keep a core busy
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads free their core
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -69,7 +66,7 @@ def setting(default, help, low=0, high=math.inf):
 @dataclass
 class Settings:
     """Settings of Co-GRPO; each is a flag of the command line, too."""
-    optimize: str = setting("joint", "what learns: joint, alternate (paper), model or schedule")
+    optimize: str = setting("joint", "joint, alternate (paper), model or schedule")
     steps: int = setting(4, "T, decoding steps of a sample", low=1)
     iters: int = setting(50, "iterations: a rollout and its updates; 0 only measures")
     groups: int = setting(10, "groups in a rollout; a group shares its condition", low=1)
@@ -77,7 +74,7 @@ class Settings:
     epochs: int = setting(1, "updates on each rollout", low=1)
     lr: float = setting(2e-3, "learning rate of the model, falling to 0", high=1)
     schedule_lr: float = setting(2e-2, "learning rate of the schedule, falling to 0", high=1)
-    clip: float = setting(0.2, "PPO: no gain from moving a ratio out of 1 - clip .. 1 + clip")
+    clip: float = setting(0.2, "PPO: no gain from ratios outside 1 - clip .. 1 + clip")
     beta: float = setting(4.0, "weight of KL(model || pretrained)")
     schedule_beta: float = setting(0.05, "weight of KL(schedule || hand-made)")
     action_std: float = setting(0.3, "std of a_t in training, whatever learns", low=1e-6)
@@ -143,7 +140,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
-    for _ in tqdm(range(steps), "pretraining", unit="step", disable=None):
+    for _ in tqdm(range(steps), "pretraining", disable=None):
         rows = torch.randint(len(tokens), (batch,), device=tokens.device)
         target, c = tokens[rows], cond[rows]  # [batch, L], [batch, ...]
         if model.null_cond is not None:
@@ -162,7 +159,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
 
 # -------------------------------- the scheduling policy, p_phi
 def hand_made(t, T):
-    """The usual schedule of MaskGIT-style samplers: (r, tau_s, tau_r, w) at step t = 0..T-1."""
+    """MaskGIT's usual schedule: (r, tau_s, tau_r, w) at step t = 0..T-1."""
     u = (t + 1) / T
     return math.cos(math.pi * u / 2), 1.0, 4.5 * (1 - u), 1.0
 
@@ -204,8 +201,7 @@ class Schedule(nn.Module):
 
     def __init__(self, hand_made=hand_made, std=0.3, hidden=32):
         super().__init__()
-        self.hand_made = hand_made
-        self.std = std
+        self.hand_made, self.std = hand_made, std
         self.residual = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, 4)).float()
         nn.init.zeros_(self.residual[2].weight)
         nn.init.zeros_(self.residual[2].bias)
@@ -288,13 +284,12 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         candidate = (tempered + gumbel_like(tempered)).argmax(2)  # [B, L]
 
         # 3. Masked positions are ranked by log-probability (without tau_s) plus noise. The best are
-        #    kept, at least one, so that floor(r L) stay masked. The last step keeps all: r and
-        #    tau_r have no effect there. Without guidance w has none.
+        #    kept, at least one, so that floor(r L) stay masked. The last step keeps all.
         log_p = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]  # [B, L]
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
-        rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the most confident
-        left = (r * masked_at_start + 1e-3).floor()               # 2.9999 is 3
-        keep = (masked.sum(1) - left).clamp(min=1)                # [B]
+        rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the best
+        left = (r * masked_at_start + 1e-3).floor()  # 2.9999 is 3
+        keep = (masked.sum(1) - left).clamp(min=1)  # [B]
         filled = masked & (rank < keep[:, None]) if t < T - 1 else masked
         has_effect = cond.new_tensor([t < T - 1, True, t < T - 1, l_u is not None], dtype=bool)
         trajectory.append(Step(t, T, tokens, masked, observation, action, has_effect, candidate,
@@ -304,15 +299,15 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
 
 
 def sample(model, schedule, cond, T, tokens=None):
-    """`rollout` without the schedule's exploration: samples int64 [B, L] for cond [B, ...]."""
+    """`rollout` without exploration: samples int64 [B, L] for cond [B, ...]."""
     return rollout(model, schedule, cond, T, tokens, explore=False)[0]
 
 
 # -------------------------------- group advantage
 @torch.no_grad()
 def evaluate(reward_fn, tokens, cond):
-    """R of each sample, float32 [B], on the device of cond. UserError if it is not B numbers."""
-    reward = reward_fn(tokens.clone(), cond.clone())  # it may write into them
+    """R of each sample, float32 [B], on cond's device. UserError if not B numbers."""
+    reward = reward_fn(tokens.clone(), cond.clone())
     R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
     if R.shape != cond.shape[:1] or not R.isfinite().all():
         raise UserError(f"reward_fn: needs {len(cond)} finite numbers, not {list(R.shape)} or NaN")
@@ -320,13 +315,10 @@ def evaluate(reward_fn, tokens, cond):
 
 
 def group_advantage(reward, group_size):
-    """A-hat = (R - mean) / std in each group of G neighbours: [B] -> [B].
-
-    Rewards that are equal but for rounding have no order to learn from: A-hat is exactly 0.
-    """
+    """A-hat = (R - mean) / std in each group of G neighbours, 0 if all are equal: [B] -> [B]."""
     R = reward.view(-1, group_size)  # [B / G, G]
     std = R.std(1, keepdim=True)
-    equal = std <= 1e-6 * R.abs().amax(1, keepdim=True)
+    equal = std <= 1e-6 * R.abs().amax(1, keepdim=True)  # but for rounding
     return ((R - R.mean(1, keepdim=True)) / std).masked_fill(equal, 0).flatten()
 
 
@@ -339,35 +331,26 @@ def model_likelihood(l_c, l_u, step):
 
 
 def schedule_likelihood(p_phi, step):
-    """log p_phi(a_t | x_t, c): [B], a sum over those of r, tau_s, tau_r, w that have an effect.
-
-    Those without would only add noise to the gradient.
-    """
+    """log p_phi(a_t | x_t, c): [B], of what has an effect. The rest would only add noise."""
     return (p_phi.log_prob(step.action) * step.has_effect).sum(1)
 
 
 # -------------------------------- policy optimization
 def surrogate(log_p, old_log_p, advantage, clip):
-    """PPO: min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat), ratio = exp(log_p - old_log_p).
-
-    In the first update after a rollout every ratio is 1 and the clip does nothing (see --epochs).
-    """
+    """PPO: min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat)."""
     ratio = (log_p - old_log_p).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
 def categorical_kl(l_p, l_q):
-    """KL(p || q) = 1 + sum_v p log(p / q) - p, of two logits [B, L, V]: [B, L].
-
-    1 and the sum of p cancel. With them the gradient at p = q is exactly 0, and not noise that
-    Adam would scale up.
-    """
+    """KL(p || q) = sum_v p log(p / q), of two logits [B, L, V]: [B, L]."""
+    # 1 - sum p = 0 makes the gradient at p = q exactly 0, not noise that Adam scales up.
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
 
 
 def model_loss(model, reference, step, cond, advantage, s):
-    """Model policy optimization: a step's loss_theta, summed over the samples, and its KL.
+    """Model policy optimization: a step's loss_theta, summed over samples, and its KL.
 
         loss_theta = [ sum over filled of -surrogate + beta sum over masked of KL ] / L
 
@@ -376,7 +359,7 @@ def model_loss(model, reference, step, cond, advantage, s):
     L = model.seq_len
     l_c, l_u = cond_uncond(model, step.canvas, cond)
     log_p = model_likelihood(l_c, l_u, step)  # [B, L]
-    if step.old_log_theta is None:            # the weights are still those of the rollout
+    if step.old_log_theta is None:  # the weights are still those of the rollout
         step.old_log_theta = log_p.detach()
     gain = surrogate(log_p, step.old_log_theta, advantage[:, None], s.clip) * step.filled
     with torch.no_grad():
@@ -386,7 +369,7 @@ def model_loss(model, reference, step, cond, advantage, s):
 
 
 def schedule_loss(schedule, step, advantage, s):
-    """Scheduling policy optimization: a step's loss_phi, summed over the samples, and its KL.
+    """Scheduling policy optimization: a step's loss_phi, summed over samples, and its KL.
 
         loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) ] / T
     """
@@ -395,7 +378,7 @@ def schedule_loss(schedule, step, advantage, s):
     if step.old_log_phi is None:
         step.old_log_phi = log_p.detach()
     gain = surrogate(log_p, step.old_log_phi, advantage, s.clip)  # [B]
-    kl = kl_divergence(p_phi, by_hand).sum(1)                     # [B]
+    kl = kl_divergence(p_phi, by_hand).sum(1)  # [B]
     return (s.schedule_beta * kl - gain).sum() / step.T, kl.detach().sum() / step.T
 
 
@@ -461,16 +444,12 @@ def check_model(model, theta, conds, s):
 
 
 def iterate(i, state, reward_fn, conds, s):
-    """Iteration i of Co-GRPO, on a state of `prepare`: (metrics, rollouts).
-
-    metrics: a dict of floats. rollouts: a list of (tokens, trajectory, cond, advantage).
-    It seeds torch by s.seed and i, so that a run can resume.
-    """
+    """Iteration i, on a state of `prepare`: (metrics, a dict; rollouts as in `update`)."""
     if i >= s.iters:
-        raise UserError(f"iteration {i}: the last one is iters - 1, {s.iters - 1}")
+        raise UserError(f"iteration {i}: the last one is {s.iters - 1}")
     learner, schedule, reference, optimizer = state
     nn.ModuleList([learner, reference]).eval()
-    torch.manual_seed(10 ** 6 * s.seed + i)
+    torch.manual_seed(10 ** 6 * s.seed + i)  # so that a run can resume
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
     which, turn = s.optimize, i
@@ -508,7 +487,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     conds = torch.as_tensor(conds)
     state = learner, schedule, _, _ = prepare(model, conds, settings, schedule)
     log = []
-    bar = tqdm(range(settings.iters), "Co-GRPO", unit="iter", disable=None)
+    bar = tqdm(range(settings.iters), "Co-GRPO", disable=None)
     for i in bar:
         metrics, rollouts = iterate(i, state, reward_fn, conds, settings)
         if on_iteration:
@@ -527,24 +506,25 @@ def parse(argv):
                "measure, T = 8:  cogrpo.py --load out/cogrpo.pt --iters 0 --steps 8 --out T8")
     toy = parser.add_argument_group("toy digits and files")
     source = toy.add_mutually_exclusive_group()
-    source.add_argument("--data", metavar="DIR", help="of MNIST; or drawn: digits drawn by Pillow")
+    source.add_argument("--data", metavar="DIR", help="of MNIST; drawn: Pillow's digits")
     source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt: start from its base")
     toy.add_argument("--out", metavar="DIR", default="out", help="of the results (out, out-quick)")
     toy.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                     metavar="NAME", help="cpu, cuda, cuda:1, ... (cuda if there is one)")
+                     metavar="NAME", help="cpu, cuda, cuda:1, ... (cuda if any)")
     toy.add_argument("--quick", action="store_true", help="a small world, 10 iterations")
     method = parser.add_argument_group("Co-GRPO")
     for f in fields(Settings):
         method.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
                             metavar="", help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
-    if args.quick:  # other defaults; what is given still counts
+    if args.quick:  # what is given still counts
         parser.set_defaults(iters=10, out="out-quick")
         args = parser.parse_args(argv)
     try:
         args.device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError):
         parser.error(f"--device {args.device}: not here; cpu, cuda, cuda:1, ...?")
+    args.out = Path(args.out).expanduser()
     return args, Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
 
 
@@ -573,8 +553,7 @@ def load(toy, path, device):
         size, state = toy.Size(**saved["size"]), saved["world"]
         world = toy.World(size, state["codebook"], state["test_tokens"], state["test_labels"])
         base = MDM(toy.SEQ_LEN, size.codebook_size, toy.CLASSES, size.dim, size.depth).to(device)
-        model, schedule = copy.deepcopy(base), Schedule().to(device)
-        modules = world, base, model, schedule
+        modules = world, base, copy.deepcopy(base), Schedule().to(device)
         for module, name in zip(modules, ("world", "base", "model", "schedule")):
             module.load_state_dict(saved[name])
         return modules
@@ -592,17 +571,17 @@ def report(toy, out, world, base, model, schedule, s):
                               (f"hand-made T={T}", base, by_hand, T),
                               (f"{s.optimize if s.iters else 'loaded'} T={T}", model, schedule, T)):
         torch.manual_seed(s.seed)
-        batches = tqdm(cond.split(50), f"measuring {name}", unit="batch", disable=None)
+        batches = tqdm(cond.split(50), f"measuring {name}", disable=None)
         results = [rollout(m, p, c, steps, explore=False) for c in batches]
         tokens = torch.cat([tokens for tokens, _ in results])
         rows.append(world.measure(tokens, cond, name, 2 * steps))
         tokens, trajectory = results[0]
-        films.append((name, [step.canvas for step in trajectory] + [tokens]))  # each [50, 49]
+        films.append((name, [step.canvas for step in trajectory] + [tokens]))  # [50, 49]
     rows.append(world.measure_real())
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
-    before = torch.tensor([hand_made(t, T) for t in range(T)])            # [T, 4]
+    before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
     after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
@@ -612,11 +591,11 @@ def report(toy, out, world, base, model, schedule, s):
 
 
 def run(toy, args, s):
-    out, device, start = Path(args.out).expanduser(), args.device, time.time()
+    out, device, start = args.out, args.device, time.time()
     toy.make_folder(out)
     if args.load is None:
-        print("1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute; its figures mean nothing"
-              if args.quick else "four minutes on two idle cores")
+        print("1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute; figures mean nothing"
+              if args.quick else "four minutes on two cores")
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
         model, schedule = base, Schedule().to(device)
@@ -626,7 +605,7 @@ def run(toy, args, s):
 
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
-        metrics["held_out"] = float(p.mean())  # measured, and never trained on
+        metrics["held_out"] = float(p.mean())  # only measured
         if metrics["iter"] % 10 == 9:
             save(toy, out / "cogrpo.pt", world, base, learner, schedule)
     if s.iters > 0:
@@ -644,7 +623,7 @@ def run(toy, args, s):
 
 
 def main(argv=None):
-    import toy_reward as toy  # here, so that the method needs neither torchvision nor Pillow
+    import toy_reward as toy  # the method does not need it
     try:
         args, s = parse(argv)
         run(toy, args, s)
@@ -652,7 +631,7 @@ def main(argv=None):
         print(f"cogrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; for --load there is:", *Path(args.out).glob("*.pt"), file=sys.stderr)
+        print("\nstopped; for --load there is:", *args.out.glob("*.pt"), file=sys.stderr)
         sys.exit(130)
 
 

@@ -458,7 +458,7 @@ def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230)
     room = 0.08 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 1.0
     high = max(ys) + room
     low = min(ys) - room if low is None else low
-    wide = (max(xs) - min(xs)) or 1
+    wide = (max(xs) - min(xs)) * (1.2 if labels else 1) or 1  # room for the labels
 
     def at(x, y):
         return (left + (right - left) * (x - min(xs)) / wide,

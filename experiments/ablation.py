@@ -332,7 +332,6 @@ def draw_frontier(path, figures):
         lines.append((x, y, toy.BLUE if arm == "joint" else toy.GREY, 2))
         labels.append((x[-1], y[-1], f"{arm}, T = {at}"))
     if lines:
-        lines.append(([max(x for x, _, _ in labels) + 0.03], [0.1], toy.GREY, 0))  # room for labels
         picture = toy.chart("diversity", lines, labels=labels, width=840, height=500)
         title = "held-out p(c | image), tau_s x 1 (right) to x 0.4 (left): up and right is better"
         toy.save_whole(path, toy.page_of({title: picture}, 1).save)

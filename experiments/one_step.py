@@ -2,7 +2,7 @@
 
     python -m experiments.one_step out/base.pt      prints a table, draws assets/one_step.png
 
-out/base.pt is what `python cogrpo.py` leaves. It is step 1 of 4, of condition 3 and seed 0.
+out/base.pt is what `python cogrpo.py` leaves. It is step t = 1 of T = 4, of condition 3 and seed 0.
 """
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 import cogrpo
 import toy_reward as toy
-from cogrpo import Schedule, constrain, rollout
+from cogrpo import constrain, rollout
 
 CARD, SCORED, LINE = (247, 247, 244), (214, 110, 20), (120, 120, 120)
 
@@ -35,19 +35,25 @@ def table(step, log_p):
     """Five masked positions: the first two, the last kept, the first not kept, the last."""
     order = step.confidence[0].argsort(descending=True)
     kept, masked = int(step.filled.sum()), int(step.masked.sum())
-    lines = ["| rank | position | candidate | log p | + noise | = confidence | kept | scored |",
-             "|---" * 8 + "|"]
+    lines = ["|rank|log p|+ noise|= confidence|kept|scored|", "|---" * 6 + "|"]
     for rank in (0, 1, kept - 1, kept, masked - 1):
         i = int(order[rank])
         confidence = float(step.confidence[0, i])
         yes = "yes" if step.filled[0, i] else "no"
-        lines.append(f"| {rank + 1} of {masked} | {i} | token {int(step.candidate[0, i])} | "
-                     f"{float(log_p[i]):.2f} | {confidence - float(log_p[i]):+.2f} | "
-                     f"{confidence:.2f} | {yes} | {yes} |")
+        noise = confidence - float(log_p[i])
+        lines.append(f"|{rank + 1}|{log_p[i]:.2f}|{noise:+.2f}|{confidence:.2f}|{yes}|{yes}|")
     return lines
 
 
 # ------------------------------------------------------------------ the picture
+
+def corners(where, scale):
+    """[left, top, right, bottom] of the tokens `where` [49], in pixels."""
+    side = 4 * scale
+    for i in where.nonzero()[:, 0].tolist():
+        x, y = i % 7 * side, i // 7 * side
+        yield [x, y, x + side - 1, y + side - 1]
+
 
 def dice(draw, x, y):
     """Where something is drawn at random."""
@@ -58,22 +64,19 @@ def dice(draw, x, y):
 
 def outlined(picture, where, scale):
     """Frames around the tokens `where` [49]."""
-    draw = ImageDraw.Draw(picture)
-    for i in where.nonzero()[:, 0].tolist():
-        x, y = i % 7 * 4 * scale, i // 7 * 4 * scale
-        draw.rectangle([x, y, x + 4 * scale - 1, y + 4 * scale - 1], outline=SCORED, width=2)
+    for box in corners(where, scale):
+        ImageDraw.Draw(picture).rectangle(box, outline=SCORED, width=2)
     return picture
 
 
 def shades(values, where, scale):
-    """values [49] as greys, where they count; white elsewhere."""
+    """values [49] as greys, where they count; crossed out elsewhere."""
     low, high = values[where].min(), values[where].max()
     grey = torch.where(where, 0.15 + 0.75 * (values - low) / (high - low), 1.0)
     page = Image.fromarray((grey.view(7, 7) * 255).byte().numpy()).convert("RGB")
     page = page.resize((28 * scale, 28 * scale), Image.Resampling.NEAREST)
-    for i in (~where).nonzero()[:, 0].tolist():  # crossed out: not ranked
-        x, y = i % 7 * 4 * scale, i // 7 * 4 * scale
-        ImageDraw.Draw(page).line([x, y, x + 4 * scale - 1, y + 4 * scale - 1], LINE, 1)
+    for box in corners(~where, scale):
+        ImageDraw.Draw(page).line(box, LINE, 1)
     return page
 
 
@@ -118,9 +121,9 @@ def main(argv=None):
     parser.add_argument("--out", default="assets/one_step.png", help="where the picture goes")
     args = parser.parse_args(argv)
     world, step, log_p, after = the_step(args.base)
-    left = [int(Schedule().hand_made(t, 4)[0] * 49 + 1e-3) for t in range(4)]
+    left = [int(cogrpo.hand_made(t, 4)[0] * 49 + 1e-3) for t in range(4)]
     print(f"masked after each step, by hand, of 49: {left}")
-    print("a_t: " + ", ".join(f"{name} = {x:.2f}" for name, x in zip(
+    print("a_t: " + ", ".join(f"{name} = {x:.3f}" for name, x in zip(
         ("r", "tau_s", "tau_r", "w"), constrain(step.action)[0].tolist())))
     print("\n".join(table(step, log_p)))
     draw_step(Path(args.out), world, step, after)
