@@ -273,7 +273,7 @@ def test_what_is_given_counts_under_quick_too(monkeypatch):
     for flags, iters, out in (([], 50, "out"), (["--quick"], 10, "out-quick"),
                               (["--quick", "--iters=20", "--out=x"], 20, "x")):
         args, s = cogrpo.parse(flags)
-        assert (s.iters, args.out) == (iters, out)
+        assert (s.iters, str(args.out)) == (iters, out)
 
 
 @pytest.mark.parametrize("flags, words", [
