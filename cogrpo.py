@@ -283,14 +283,17 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         tempered = logits / tau_s[:, None, None]
         candidate = (tempered + gumbel_like(tempered)).argmax(2)  # [B, L]
 
-        # 3. Masked positions are ranked by log-probability (without tau_s) plus noise. The best are
-        #    kept, at least one, so that floor(r L) stay masked. The last step keeps all.
+        # 3. Masked positions are ranked by log-probability (without tau_s) plus noise.
         log_p = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]  # [B, L]
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
         rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the best
+
+        # 4. The best are kept, at least one, until floor(r L) are masked. The last step keeps all.
         left = (r * masked_at_start + 1e-3).floor()  # 2.9999 is 3
         keep = (masked.sum(1) - left).clamp(min=1)  # [B]
         filled = masked & (rank < keep[:, None]) if t < T - 1 else masked
+
+        # 5. The update will need all of this. In the last step, r and tau_r did nothing.
         has_effect = cond.new_tensor([t < T - 1, True, t < T - 1, l_u is not None], dtype=bool)
         trajectory.append(Step(t, T, tokens, masked, observation, action, has_effect, candidate,
                                confidence, filled))
@@ -343,10 +346,13 @@ def surrogate(log_p, old_log_p, advantage, clip):
 
 
 def categorical_kl(l_p, l_q):
-    """KL(p || q) = sum_v p log(p / q), of two logits [B, L, V]: [B, L]."""
-    # 1 - sum p = 0 makes the gradient at p = q exactly 0, not noise that Adam scales up.
+    """KL(p || q) = sum_v [p log(p / q) - p + q], of two logits [B, L, V]: [B, L].
+
+    -p + q adds up to 0, but with it the gradient at p = q is 0 without rounding errors.
+    """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
-    return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
+    p, q = log_p.exp(), log_q.exp()
+    return (p * (log_p - log_q) - p + q).sum(2)
 
 
 def model_loss(model, reference, step, cond, advantage, s):
@@ -388,7 +394,8 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
         loss = mean over samples of sum_t [ loss_theta + loss_phi ]
 
     No gradient goes through the generation. Each step is scored on its own, and its graph freed
-    before the next. rollouts: a list of (tokens, trajectory, cond, advantage). Returns metrics.
+    before the next. Gradients are clipped to norm 1. rollouts: a list of (tokens, trajectory, cond,
+    advantage). Returns the metrics of the last epoch.
     """
     B = sum(len(tokens) for tokens, _, _, _ in rollouts)
     for _ in range(s.epochs):
@@ -428,7 +435,7 @@ def prepare(model, conds, s, schedule=None):
 
 
 def check_model(model, theta, conds, s):
-    """Refuse a model that could not learn, after one pass of two equal rows."""
+    """Refuse a model whose logits differ for two equal rows, or that gets no gradients."""
     tokens = torch.full((2, model.seq_len), model.mask_id, device=conds.device)
     try:
         l_c, l_u = cond_uncond(model, tokens, conds[[0, 0]])
@@ -438,7 +445,7 @@ def check_model(model, theta, conds, s):
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
     if logits.requires_grad:
-        logits.sum().backward()  # `update` clears them
+        logits.sum().backward()  # `update` clears the gradients
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
         raise UserError("model: no gradients: frozen, detached, or bound to the copied weights?")
 
