@@ -248,6 +248,19 @@ def test_every_size_reaches_what_it_names(small, monkeypatch):
     assert len(world.codebook) == TINY.codebook_size
 
 
+def test_quick_alone_makes_the_world_small(monkeypatch, tmp_path):
+    sizes = []
+
+    def spy(toy, data, size, seed, device):
+        sizes.append(size)
+        raise cogrpo.UserError("enough")
+    monkeypatch.setattr(cogrpo, "make_base", spy)
+    for flags in ([], ["--quick"]):
+        with pytest.raises(SystemExit):
+            cogrpo.main(flags + ["--out", str(tmp_path)])
+    assert sizes == [toy.Size(), toy.QUICK] and toy.Size() != toy.QUICK
+
+
 def test_a_run_keeps_the_result_that_it_would_overwrite_and_saves_on_its_way(small, monkeypatch):
     """cogrpo.pt is there after ten iterations, an older one is cogrpo.pt.old, base.pt before."""
     Path("out-quick").mkdir()
