@@ -77,14 +77,14 @@ class Settings:
     clip: float = setting(0.2, "PPO: no gain from ratios outside 1 - clip .. 1 + clip")
     beta: float = setting(4.0, "weight of KL(model || pretrained)")
     schedule_beta: float = setting(0.05, "weight of KL(schedule || hand-made)")
-    action_std: float = setting(0.3, "std of a_t in training, whatever learns", low=1e-6)
+    action_std: float = setting(0.3, "std of a_t, unconstrained, in training", low=1e-6)
     micro_groups: int = setting(0, "groups in one pass, to save memory (0: all)")
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self):
         if self.optimize not in ("joint", "alternate", "model", "schedule"):
             raise UserError(f"optimize={self.optimize}: joint, alternate, model or schedule?")
-        for f in fields(self)[1:]:
+        for f in fields(self)[1:]:  # all but optimize
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if not low <= value <= high:  # NaN fails, too
                 raise UserError(f"{f.name}={value}: must be in {low}..{high}")
@@ -103,10 +103,10 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        layer = nn.TransformerEncoderLayer(  # with biases no_grad rounds differently
+        layer = nn.TransformerEncoderLayer(  # with biases, no_grad rounds differently
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
-        nn.init.zeros_(layer.self_attn.out_proj.weight)  # x passes unchanged at first,
-        nn.init.zeros_(layer.linear2.weight)             # which is faster to train
+        nn.init.zeros_(layer.self_attn.out_proj.weight)  # A block changes nothing at first:
+        nn.init.zeros_(layer.linear2.weight)             # this is faster to train.
         self.blocks = nn.TransformerEncoder(layer, depth, nn.LayerNorm(dim),
                                             enable_nested_tensor=False)
         self.head = nn.Linear(dim, vocab_size)
@@ -121,8 +121,8 @@ class MDM(nn.Module):
 def logits_of(model, tokens, cond):
     """Any model's logits [B, L, V] in float32 at least. [MASK] and tokens at -inf are BANNED."""
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        raise UserError("torch.autocast around the loop caches cast weights: use it in forward()")
-    logits = model(tokens.clone(), cond.clone())  # it may write into them
+        raise UserError("torch.autocast around the loop keeps old weights: use it in forward()")
+    logits = model(tokens.clone(), cond.clone())  # the model may write into them
     if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
         raise UserError("model: must return its logits, one tensor [B, L, V]")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -170,10 +170,11 @@ def constrain(action):
 
 
 def unconstrain(values):
-    """The inverse of `constrain`, of four floats: [4]. 0 has none and counts as 1e-6."""
+    """The inverse of `constrain`, of four floats: [4]. 0, and r = 1, are moved by 1e-6."""
     x = torch.tensor(values, dtype=torch.float64)
     r, positive = x[:1].logit(1e-6), x[1:].clamp(min=1e-6)
-    return torch.cat([r, positive + (-torch.expm1(-positive)).log()])
+    inverse_softplus = positive + (-torch.expm1(-positive)).log()  # log(e^x - 1)
+    return torch.cat([r, inverse_softplus])
 
 
 def observe(l_c, masked):
@@ -195,8 +196,8 @@ class Schedule(nn.Module):
 
     The residual's last layer starts at zero, so a new Schedule is the hand-made one. Its inputs
     are the observation and u = (t + 1) / T, so a schedule trained at one T runs at any other.
-    hand_made(t, T) returns r, tau_s, tau_r, w, four floats. It and std are not in the state_dict:
-    load that into a Schedule with the same.
+    hand_made(t, T) returns r, tau_s, tau_r, w, four floats. The state_dict lacks hand_made and
+    std: load it into a Schedule with the same.
     """
 
     def __init__(self, hand_made=hand_made, std=0.3, hidden=32):
@@ -232,8 +233,9 @@ class Step:
     candidate: torch.Tensor    # a token drawn for every position, int64 [B, L]
     confidence: torch.Tensor   # what ranks the candidates, [B, L]
     filled: torch.Tensor       # where the candidate was kept, bool [B, L]
-    old_log_theta: torch.Tensor = None  # [B, L], log-probs in the rollout:
-    old_log_phi: torch.Tensor = None    # [B], the first update fills them in
+    # Log-probs under the weights of the rollout. The first epoch of `update` fills them in.
+    old_log_theta: torch.Tensor = None  # [B, L]
+    old_log_phi: torch.Tensor = None    # [B]
 
 
 def cond_uncond(model, tokens, cond):
@@ -249,6 +251,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
+    # Where l_u is BANNED, l_c - l_u is +1e30. The token must not win because of that.
     return logits.masked_fill_(l_u <= BANNED, BANNED)
 
 
@@ -261,8 +264,8 @@ def gumbel_like(x):
 def rollout(model, schedule, cond, T, tokens=None, explore=True):
     """Fill canvases in T steps: cond [B, ...] -> (tokens int64 [B, L], a list of T `Step`s).
 
-    tokens: canvases to start from, int64 [B, L]. mask_id is to be filled, and r is a ratio of what
-    is masked at the start. explore: draw the action; otherwise take its mean.
+    tokens: canvases to start from, int64 [B, L]. Only positions at mask_id are filled, and L in
+    floor(r L) is their number. explore: draw the action; otherwise take its mean.
     """
     if tokens is None:
         tokens = torch.full((len(cond), model.seq_len), model.mask_id, device=cond.device)
@@ -293,7 +296,7 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         keep = (masked.sum(1) - left).clamp(min=1)  # [B]
         filled = masked & (rank < keep[:, None]) if t < T - 1 else masked
 
-        # 5. The update will need all of this. In the last step, r and tau_r did nothing.
+        # 5. The update will need all of this. In the last step, r and tau_r had no effect.
         has_effect = cond.new_tensor([t < T - 1, True, t < T - 1, l_u is not None], dtype=bool)
         trajectory.append(Step(t, T, tokens, masked, observation, action, has_effect, candidate,
                                confidence, filled))
@@ -321,13 +324,16 @@ def group_advantage(reward, group_size):
     """A-hat = (R - mean) / std in each group of G neighbours, 0 if all are equal: [B] -> [B]."""
     R = reward.view(-1, group_size)  # [B / G, G]
     std = R.std(1, keepdim=True)
-    equal = std <= 1e-6 * R.abs().amax(1, keepdim=True)  # but for rounding
+    equal = std <= 1e-6 * R.abs().amax(1, keepdim=True)  # up to rounding
     return ((R - R.mean(1, keepdim=True)) / std).masked_fill(equal, 0).flatten()
 
 
 # -------------------------------- policy likelihood
 def model_likelihood(l_c, l_u, step):
-    """log p_theta(candidate | a_t, x_t, c) = log softmax(logits / tau_s)[candidate]: [B, L]."""
+    """log p_theta(candidate | a_t, x_t, c) = log softmax(logits / tau_s)[candidate]: [B, L].
+
+    That is the distribution that the candidate was drawn from, so tau_s is in it.
+    """
     _, tau_s, _, w = constrain(step.action).unbind(1)
     tempered = guided_logits(l_c, l_u, w) / tau_s[:, None, None]
     return tempered.log_softmax(2).gather(2, step.candidate[:, :, None])[:, :, 0]
@@ -348,7 +354,7 @@ def surrogate(log_p, old_log_p, advantage, clip):
 def categorical_kl(l_p, l_q):
     """KL(p || q) = sum_v [p log(p / q) - p + q], of two logits [B, L, V]: [B, L].
 
-    -p + q adds up to 0, but with it the gradient at p = q is 0 without rounding errors.
+    -p + q adds up to 0. It makes the gradient at p = q exactly 0, where rounding would not.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     p, q = log_p.exp(), log_q.exp()
@@ -365,7 +371,7 @@ def model_loss(model, reference, step, cond, advantage, s):
     L = model.seq_len
     l_c, l_u = cond_uncond(model, step.canvas, cond)
     log_p = model_likelihood(l_c, l_u, step)  # [B, L]
-    if step.old_log_theta is None:  # the weights are still those of the rollout
+    if step.old_log_theta is None:  # first epoch: the weights are still those of the rollout
         step.old_log_theta = log_p.detach()
     gain = surrogate(log_p, step.old_log_theta, advantage[:, None], s.clip) * step.filled
     with torch.no_grad():
@@ -378,6 +384,8 @@ def schedule_loss(schedule, step, advantage, s):
     """Scheduling policy optimization: a step's loss_phi, summed over samples, and its KL.
 
         loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) ] / T
+
+    The KL is that of all four numbers, also where they have no effect.
     """
     p_phi, by_hand = schedule(step.observation, step.t, step.T)
     log_p = schedule_likelihood(p_phi, step)  # [B]
@@ -411,7 +419,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
                     loss, kl = schedule_loss(schedule, step, advantage, s)
                     (loss / B).backward()
                     metrics["kl_schedule"] += kl / B
-        for name, group in zip(("model", "schedule"), optimizer.param_groups):
+        for name, group in zip(("model", "schedule"), optimizer.param_groups):  # as in `prepare`
             metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()  # a policy that does not learn has no gradients and stays
     return metrics
@@ -426,7 +434,7 @@ def prepare(model, conds, s, schedule=None):
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    learner = copy.deepcopy(model, memo=shared)  # what is in the memo is not copied
+    learner = copy.deepcopy(model, memo=shared)  # takes what is in memo as it is
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner.eval(), theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
@@ -436,6 +444,7 @@ def prepare(model, conds, s, schedule=None):
 
 def check_model(model, theta, conds, s):
     """Refuse a model whose logits differ for two equal rows, or that gets no gradients."""
+    # Two equal rows must get equal logits.
     tokens = torch.full((2, model.seq_len), model.mask_id, device=conds.device)
     try:
         l_c, l_u = cond_uncond(model, tokens, conds[[0, 0]])
@@ -444,27 +453,30 @@ def check_model(model, theta, conds, s):
     logits = guided_logits(l_c, l_u, l_c.new_ones(2))
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
+    # A backward pass must reach theta. `update` clears these gradients.
     if logits.requires_grad:
-        logits.sum().backward()  # `update` clears the gradients
+        logits.sum().backward()
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
         raise UserError("model: no gradients: frozen, detached, or bound to the copied weights?")
 
 
 def iterate(i, state, reward_fn, conds, s):
-    """Iteration i, on a state of `prepare`: (metrics, a dict; rollouts as in `update`)."""
+    """Iteration i, on a state of `prepare`. Returns metrics, a dict, and rollouts, see `update`."""
     if i >= s.iters:
         raise UserError(f"iteration {i}: the last one is {s.iters - 1}")
     learner, schedule, reference, optimizer = state
-    nn.ModuleList([learner, reference]).eval()
+    learner.eval()
+    reference.eval()
     torch.manual_seed(10 ** 6 * s.seed + i)  # so that a run can resume
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
-    which, turn = s.optimize, i
     if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
         which, turn = ("model", "schedule")[i % 2], i // 2
-    picked = torch.arange(turn * s.groups, (turn + 1) * s.groups) % len(conds)
+    else:
+        which, turn = s.optimize, i
+    picked = torch.arange(s.groups) + turn * s.groups  # the next conditions, cyclically
     rollouts, rewards = [], []
-    for c in conds[picked].split(s.micro_groups or s.groups):
+    for c in conds[picked % len(conds)].split(s.micro_groups or s.groups):
         cond = c.detach().repeat_interleave(s.group_size, 0)  # [B, ...]
         tokens, trajectory = rollout(learner, schedule, cond, s.steps)
         reward = evaluate(reward_fn, tokens, cond)
@@ -492,7 +504,8 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     Returns (learner, schedule, log), log a list of metrics.
     """
     conds = torch.as_tensor(conds)
-    state = learner, schedule, _, _ = prepare(model, conds, settings, schedule)
+    state = prepare(model, conds, settings, schedule)
+    learner, schedule, _, _ = state
     log = []
     bar = tqdm(range(settings.iters), "Co-GRPO", disable=None)
     for i in bar:
@@ -524,7 +537,7 @@ def parse(argv):
         method.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
                             metavar="", help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
-    if args.quick:  # what is given still counts
+    if args.quick:  # other defaults; a flag that is given still counts
         parser.set_defaults(iters=10, out="out-quick")
         args = parser.parse_args(argv)
     try:
@@ -589,7 +602,7 @@ def report(toy, out, world, base, model, schedule, s):
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
     before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
-    after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
+    after = torch.stack([constrain(step.action) for step in trajectory])  # learned, [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")
@@ -608,7 +621,7 @@ def run(toy, args, s):
         model, schedule = base, Schedule().to(device)
         save(toy, out / "base.pt", world, base, model, schedule)
     else:
-        world, base, model, schedule = load(toy, args.load, device)
+        world, base, model, schedule = load(toy, args.load, device)  # training starts from base
 
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])

@@ -8,7 +8,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_the_readmes_own_programs_run(capsys, tmp_path, monkeypatch):
-    """The blocks under "Your own model and reward" run as they stand, and print what it says.
+    """The blocks under "Your own model" run as they stand, and print what it says.
 
     Figures are of the CPU; on another one the last digits may differ.
     """
