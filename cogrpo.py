@@ -77,7 +77,7 @@ class Settings:
     clip: float = setting(0.2, "PPO: no gain from ratios outside 1 - clip .. 1 + clip")
     beta: float = setting(4.0, "weight of KL(model || pretrained)")
     schedule_beta: float = setting(0.05, "weight of KL(schedule || hand-made)")
-    action_std: float = setting(0.3, "std of a_t, unconstrained, in training", low=1e-6)
+    action_std: float = setting(0.3, "std of the unconstrained a_t in training", low=1e-6)
     micro_groups: int = setting(0, "groups in one pass, to save memory (0: all)")
     seed: int = setting(0, "seed of everything random")
 
@@ -103,7 +103,7 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        layer = nn.TransformerEncoderLayer(  # with biases, no_grad rounds differently
+        layer = nn.TransformerEncoderLayer(  # with bias, no_grad takes a path that rounds otherwise
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # A block changes nothing at first:
         nn.init.zeros_(layer.linear2.weight)             # this is faster to train.
@@ -170,7 +170,7 @@ def constrain(action):
 
 
 def unconstrain(values):
-    """The inverse of `constrain`, of four floats: [4]. 0, and r = 1, are moved by 1e-6."""
+    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 would be infinite: 1e-6 off."""
     x = torch.tensor(values, dtype=torch.float64)
     r, positive = x[:1].logit(1e-6), x[1:].clamp(min=1e-6)
     inverse_softplus = positive + (-torch.expm1(-positive)).log()  # log(e^x - 1)
@@ -239,7 +239,7 @@ class Step:
 
 
 def cond_uncond(model, tokens, cond):
-    """l_c and l_u, each [B, L, V], from one pass of 2B rows. Without guidance l_u is None."""
+    """l_c and l_u, each [B, L, V], from one call with 2B rows. Without guidance l_u is None."""
     if model.null_cond is None:
         return logits_of(model, tokens, cond), None
     null = torch.as_tensor(model.null_cond).to(cond).expand_as(cond)  # [B, ...]
@@ -264,8 +264,8 @@ def gumbel_like(x):
 def rollout(model, schedule, cond, T, tokens=None, explore=True):
     """Fill canvases in T steps: cond [B, ...] -> (tokens int64 [B, L], a list of T `Step`s).
 
-    tokens: canvases to start from, int64 [B, L]. Only positions at mask_id are filled, and L in
-    floor(r L) is their number. explore: draw the action; otherwise take its mean.
+    tokens: canvases to start from, int64 [B, L]. Only positions at mask_id are filled, and r is a
+    fraction of these, not of L. explore: draw the action; otherwise take its mean.
     """
     if tokens is None:
         tokens = torch.full((len(cond), model.seq_len), model.mask_id, device=cond.device)
@@ -354,7 +354,7 @@ def surrogate(log_p, old_log_p, advantage, clip):
 def categorical_kl(l_p, l_q):
     """KL(p || q) = sum_v [p log(p / q) - p + q], of two logits [B, L, V]: [B, L].
 
-    -p + q adds up to 0. It makes the gradient at p = q exactly 0, where rounding would not.
+    -p + q adds up to 0. It makes the gradient at p = q exactly 0, not noise that Adam scales up.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     p, q = log_p.exp(), log_q.exp()
@@ -385,7 +385,7 @@ def schedule_loss(schedule, step, advantage, s):
 
         loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) ] / T
 
-    The KL is that of all four numbers, also where they have no effect.
+    The KL is of all four numbers: those without an effect stay near the hand-made ones, too.
     """
     p_phi, by_hand = schedule(step.observation, step.t, step.T)
     log_p = schedule_likelihood(p_phi, step)  # [B]
@@ -402,8 +402,8 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
         loss = mean over samples of sum_t [ loss_theta + loss_phi ]
 
     No gradient goes through the generation. Each step is scored on its own, and its graph freed
-    before the next. Gradients are clipped to norm 1. rollouts: a list of (tokens, trajectory, cond,
-    advantage). Returns the metrics of the last epoch.
+    before the next. Each policy's gradient is clipped to norm 1. rollouts: a list of (tokens,
+    trajectory, cond, advantage). Returns the metrics of the last epoch.
     """
     B = sum(len(tokens) for tokens, _, _, _ in rollouts)
     for _ in range(s.epochs):
@@ -434,7 +434,7 @@ def prepare(model, conds, s, schedule=None):
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    learner = copy.deepcopy(model, memo=shared)  # takes what is in memo as it is
+    learner = copy.deepcopy(model, memo=shared)  # does not copy what is in memo
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner.eval(), theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
@@ -470,7 +470,7 @@ def iterate(i, state, reward_fn, conds, s):
     torch.manual_seed(10 ** 6 * s.seed + i)  # so that a run can resume
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
-    if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
+    if s.optimize == "alternate":  # theta, then phi, each on a new rollout of the same conditions
         which, turn = ("model", "schedule")[i % 2], i // 2
     else:
         which, turn = s.optimize, i
@@ -526,7 +526,7 @@ def parse(argv):
                "measure, T = 8:  cogrpo.py --load out/cogrpo.pt --iters 0 --steps 8 --out T8")
     toy = parser.add_argument_group("toy digits and files")
     source = toy.add_mutually_exclusive_group()
-    source.add_argument("--data", metavar="DIR", help="of MNIST; drawn: Pillow's digits")
+    source.add_argument("--data", metavar="DIR", help="MNIST's folder, or: drawn")
     source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt: start from its base")
     toy.add_argument("--out", metavar="DIR", default="out", help="of the results (out, out-quick)")
     toy.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -602,7 +602,8 @@ def report(toy, out, world, base, model, schedule, s):
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
     before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
-    after = torch.stack([constrain(step.action) for step in trajectory])  # learned, [T, 50, 4]
+    # trajectory is that of the last row.
+    after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")

@@ -62,10 +62,10 @@ def dice(draw, x, y):
         draw.ellipse([x + px - 2, y + py - 2, x + px + 2, y + py + 2], LINE)
 
 
-def outlined(picture, where, scale):
+def outlined(picture, where, scale, color):
     """Frames around the tokens `where` [49]."""
     for box in corners(where, scale):
-        ImageDraw.Draw(picture).rectangle(box, outline=SCORED, width=2)
+        ImageDraw.Draw(picture).rectangle(box, outline=color, width=2)
     return picture
 
 
@@ -88,8 +88,9 @@ def draw_step(path, world, step, after, scale=6):
     ranked = shades(step.confidence[0], masked, scale)
     boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored"),
              ("model p_theta", drawn, "a candidate for every [MASK]"),
-             ("ranked", outlined(ranked, filled, scale), "log p + tau_r * noise: light is high"),
-             ("canvas x_t+1", outlined(then, filled, scale), "filled tokens are scored")]
+             ("ranked", outlined(ranked, filled, scale, toy.INK),
+              "log p + tau_r * noise, framed: kept"),
+             ("canvas x_t+1", outlined(then, filled, scale, SCORED), "filled tokens are scored")]
     w = 28 * scale + 56
     page = Image.new("RGB", (len(boxes) * w + 30, 28 * scale + 100), CARD)
     draw = ImageDraw.Draw(page)
