@@ -608,7 +608,7 @@ def report(toy, out, world, base, model, schedule, s):
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")
     for t, (old, new) in enumerate(zip(before.tolist(), after.mean(1).tolist())):
-        print(f"step {t}:", ",  ".join(f"{a:.2f} -> {b:.2f}" for a, b in zip(old, new)))
+        print(f"t = {t}:", ",  ".join(f"{a:.2f} -> {b:.2f}" for a, b in zip(old, new)))
 
 
 def run(toy, args, s):

@@ -496,7 +496,7 @@ def draw_schedule(path, by_hand, learned):
         lines = [(steps + steps[::-1], low + high[::-1], PALE, 0),
                  (steps, by_hand[steps, j].tolist(), GREY, 6), (steps, mid, BLUE, 2)]
         ticks = {t: str(t) for t in steps} if T <= 12 else None
-        charts[names[j]] = chart("step", lines, 0, ticks)
+        charts[names[j]] = chart("t", lines, 0, ticks)
     legend = "grey: hand-made      blue: learned (median)      pale: 5 to 95% of the canvases"
     save_whole(path, page_of(charts, 2, legend).save)
 
