@@ -352,13 +352,12 @@ def surrogate(log_p, old_log_p, advantage, clip):
 
 
 def categorical_kl(l_p, l_q):
-    """KL(p || q) = sum_v [p log(p / q) - p + q], of two logits [B, L, V]: [B, L].
+    """KL(p || q) = sum_v p (log(p / q) - 1) + sum_v q, of logits [B, L, V]: [B, L].
 
-    -p + q adds up to 0. It makes the gradient at p = q exactly 0, not noise that Adam scales up.
+    -1 and q add up to 0. They make the gradient at p = q exactly 0, not noise that Adam scales up.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
-    p, q = log_p.exp(), log_q.exp()
-    return (p * (log_p - log_q) - p + q).sum(2)
+    return (log_p.exp() * (log_p - log_q - 1)).sum(2) + log_q.exp().sum(2)
 
 
 def model_loss(model, reference, step, cond, advantage, s):
