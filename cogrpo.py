@@ -77,7 +77,7 @@ class Settings:
     clip: float = setting(0.2, "PPO: no gain from ratios outside 1 - clip .. 1 + clip")
     beta: float = setting(4.0, "weight of KL(model || pretrained)")
     schedule_beta: float = setting(0.05, "weight of KL(schedule || hand-made)")
-    action_std: float = setting(0.3, "std of the unconstrained a_t in training", low=1e-6)
+    action_std: float = setting(0.3, "std of a_t before sigmoid and softplus", low=1e-6)
     micro_groups: int = setting(0, "groups in one pass, to save memory (0: all)")
     seed: int = setting(0, "seed of everything random")
 
@@ -170,7 +170,7 @@ def constrain(action):
 
 
 def unconstrain(values):
-    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 would be infinite: 1e-6 off."""
+    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 have none: 1e-6 off."""
     x = torch.tensor(values, dtype=torch.float64)
     r, positive = x[:1].logit(1e-6), x[1:].clamp(min=1e-6)
     inverse_softplus = positive + (-torch.expm1(-positive)).log()  # log(e^x - 1)
@@ -251,7 +251,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
-    # Where l_u is BANNED, l_c - l_u is +1e30. The token must not win because of that.
+    # Where only l_u is BANNED, l_c - l_u is +1e30. The token must not win because of that.
     return logits.masked_fill_(l_u <= BANNED, BANNED)
 
 
@@ -294,10 +294,11 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         # 4. The best are kept, at least one, until floor(r L) are masked. The last step keeps all.
         left = (r * masked_at_start + 1e-3).floor()  # 2.9999 is 3
         keep = (masked.sum(1) - left).clamp(min=1)  # [B]
-        filled = masked & (rank < keep[:, None]) if t < T - 1 else masked
+        last = t == T - 1
+        filled = masked if last else masked & (rank < keep[:, None])
 
         # 5. The update will need all of this. In the last step, r and tau_r had no effect.
-        has_effect = cond.new_tensor([t < T - 1, True, t < T - 1, l_u is not None], dtype=bool)
+        has_effect = cond.new_tensor([not last, True, not last, l_u is not None], dtype=bool)
         trajectory.append(Step(t, T, tokens, masked, observation, action, has_effect, candidate,
                                confidence, filled))
         tokens = torch.where(filled, candidate, tokens)
@@ -305,7 +306,7 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
 
 
 def sample(model, schedule, cond, T, tokens=None):
-    """`rollout` without exploration: samples int64 [B, L] for cond [B, ...]."""
+    """`rollout` with the mean action: samples int64 [B, L] for cond [B, ...]."""
     return rollout(model, schedule, cond, T, tokens, explore=False)[0]
 
 
@@ -354,7 +355,7 @@ def surrogate(log_p, old_log_p, advantage, clip):
 def categorical_kl(l_p, l_q):
     """KL(p || q) = sum_v p (log(p / q) - 1) + sum_v q, of logits [B, L, V]: [B, L].
 
-    -1 and q add up to 0. They make the gradient at p = q exactly 0, not noise that Adam scales up.
+    -1 and q add up to 0. Without them rounding leaves a gradient at p = q, which Adam scales up.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + log_q.exp().sum(2)
@@ -420,7 +421,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
                     metrics["kl_schedule"] += kl / B
         for name, group in zip(("model", "schedule"), optimizer.param_groups):  # as in `prepare`
             metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()  # a policy that does not learn has no gradients and stays
+        optimizer.step()  # leaves a policy without gradients as it is
     return metrics
 
 
@@ -433,7 +434,7 @@ def prepare(model, conds, s, schedule=None):
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    learner = copy.deepcopy(model, memo=shared)  # does not copy what is in memo
+    learner = copy.deepcopy(model, memo=shared)  # takes what is in memo as it is
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner.eval(), theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
@@ -443,7 +444,6 @@ def prepare(model, conds, s, schedule=None):
 
 def check_model(model, theta, conds, s):
     """Refuse a model whose logits differ for two equal rows, or that gets no gradients."""
-    # Two equal rows must get equal logits.
     tokens = torch.full((2, model.seq_len), model.mask_id, device=conds.device)
     try:
         l_c, l_u = cond_uncond(model, tokens, conds[[0, 0]])
@@ -456,11 +456,11 @@ def check_model(model, theta, conds, s):
     if logits.requires_grad:
         logits.sum().backward()
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
-        raise UserError("model: no gradients: frozen, detached, or bound to the copied weights?")
+        raise UserError("model: no gradients: frozen, detached, or forward() of another's weights?")
 
 
 def iterate(i, state, reward_fn, conds, s):
-    """Iteration i, on a state of `prepare`. Returns metrics, a dict, and rollouts, see `update`."""
+    """Iteration i, on a state of `prepare`. Returns metrics, a dict, and rollouts as in `update`."""
     if i >= s.iters:
         raise UserError(f"iteration {i}: the last one is {s.iters - 1}")
     learner, schedule, reference, optimizer = state
@@ -516,7 +516,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return learner, schedule, log
 
 
-# -------------------------------- main: toy digits
+# -------------------------------- main: toy digits (toy is the module toy_reward)
 def parse(argv):
     """The command line -> (arguments, Settings)."""
     parser = argparse.ArgumentParser(
@@ -536,7 +536,7 @@ def parse(argv):
         method.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
                             metavar="", help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
-    if args.quick:  # other defaults; a flag that is given still counts
+    if args.quick:  # again, with other defaults for what is not given
         parser.set_defaults(iters=10, out="out-quick")
         args = parser.parse_args(argv)
     try:
@@ -594,14 +594,14 @@ def report(toy, out, world, base, model, schedule, s):
         results = [rollout(m, p, c, steps, explore=False) for c in batches]
         tokens = torch.cat([tokens for tokens, _ in results])
         rows.append(world.measure(tokens, cond, name, 2 * steps))
-        tokens, trajectory = results[0]
-        films.append((name, [step.canvas for step in trajectory] + [tokens]))  # [50, 49]
+        first_tokens, trajectory = results[0]  # of 50 samples, for the pictures
+        films.append((name, [step.canvas for step in trajectory] + [first_tokens]))  # [50, 49]
     rows.append(world.measure_real())
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
     before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
-    # trajectory is that of the last row.
+    # `trajectory` is now that of the last row, the learned schedule.
     after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
@@ -646,13 +646,14 @@ def main(argv=None):
     import toy_reward as toy  # the method does not need it
     try:
         args, s = parse(argv)
-        run(toy, args, s)
+        try:
+            run(toy, args, s)
+        except KeyboardInterrupt:
+            print("\nstopped; for --load there is:", *args.out.glob("*.pt"), file=sys.stderr)
+            sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; for --load there is:", *args.out.glob("*.pt"), file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":
