@@ -460,7 +460,7 @@ def check_model(model, theta, conds, s):
 
 
 def iterate(i, state, reward_fn, conds, s):
-    """Iteration i, on a state of `prepare`. Returns metrics, a dict, and rollouts as in `update`."""
+    """Iteration i, on a state of `prepare`. Returns metrics, a dict, and rollouts: see `update`."""
     if i >= s.iters:
         raise UserError(f"iteration {i}: the last one is {s.iters - 1}")
     learner, schedule, reference, optimizer = state

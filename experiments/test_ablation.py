@@ -9,8 +9,8 @@ import torch
 
 import cogrpo
 import toy_reward as toy
-from cogrpo import Schedule, Settings, constrain, rollout
-from experiments import ablation, benchmark, exact, gradient, noise
+from cogrpo import Schedule, Settings, cond_uncond, constrain, rollout
+from experiments import ablation, benchmark, exact, gradient, guidance, noise
 from test_cogrpo import (DEVICE, TINY, a_model, a_schedule, conds, small,  # noqa: F401, a fixture
                          weights)
 
@@ -234,3 +234,19 @@ def test_the_benchmark_counts_rows_and_prints_ratios(monkeypatch):
 def test_the_table_of_bias_and_variance_has_the_numbers_of_its_function():
     bias, variance = gradient.bias_and_variance("exact", 0, 3.0)
     assert bias < 1e-8 < 0.01 < gradient.bias_and_variance("fill", 0, 3.0)[0] and variance > 1
+
+
+def test_each_half_of_guidance_is_that_of_the_model_that_its_row_names(monkeypatch, capsys):
+    base, model, rows = a_model(seed=1), a_model(seed=2), []
+    tokens = torch.full((3, 6), base.mask_id, device=DEVICE)
+    halves = [cond_uncond(m, tokens, conds(3)) for m in (base, model)]
+
+    def spy(world, model, schedule, steps, samples, seed):
+        rows.append(cond_uncond(model, tokens, conds(3)))
+        return dict.fromkeys(toy.FIGURES, 0.0)
+    monkeypatch.setattr(guidance, "measure", spy)
+    monkeypatch.setattr(cogrpo, "load", lambda *_: (None, base, model, Schedule()))
+    guidance.main(["any.pt"])
+    for row, (c, u) in zip(rows, ((1, 1), (0, 1), (1, 0), (0, 0)), strict=True):
+        assert torch.equal(row[0], halves[c][0]) and torch.equal(row[1], halves[u][1])
+    assert "|pretrained|learned|0.000|" in capsys.readouterr().out.splitlines()[3]
