@@ -79,15 +79,15 @@ class Settings:
     schedule_beta: float = setting(0.05, "weight of KL(schedule || hand-made)")
     action_std: float = setting(0.3, "std of a_t before sigmoid and softplus", low=1e-6)
     micro_groups: int = setting(0, "groups in one pass, to save memory (0: all)")
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "seed of everything random", high=10 ** 12)
 
     def __post_init__(self):
         if self.optimize not in ("joint", "alternate", "model", "schedule"):
             raise UserError(f"optimize={self.optimize}: joint, alternate, model or schedule?")
         for f in fields(self)[1:]:  # all but optimize
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if not low <= value <= high:  # NaN fails, too
-                raise UserError(f"{f.name}={value}: must be in {low}..{high}")
+            if not isinstance(value, (f.type, int)) or not low <= value <= high:
+                raise UserError(f"{f.name}={value!r}: must be {f.type.__name__} in {low}..{high}")
 
 
 # -------------------------------- the masked diffusion model, p_theta
@@ -103,7 +103,7 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        layer = nn.TransformerEncoderLayer(  # with bias, no_grad takes a path that rounds otherwise
+        layer = nn.TransformerEncoderLayer(  # with bias, no_grad rounds otherwise
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # A block changes nothing at first:
         nn.init.zeros_(layer.linear2.weight)             # this is faster to train.
@@ -251,7 +251,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
-    # Where only l_u is BANNED, l_c - l_u is +1e30. The token must not win because of that.
+    # Where only l_u is BANNED, l_c - l_u is +1e30, and must not win.
     return logits.masked_fill_(l_u <= BANNED, BANNED)
 
 
@@ -317,7 +317,7 @@ def evaluate(reward_fn, tokens, cond):
     reward = reward_fn(tokens.clone(), cond.clone())
     R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
     if R.shape != cond.shape[:1] or not R.isfinite().all():
-        raise UserError(f"reward_fn: needs {len(cond)} finite numbers, not {list(R.shape)} or NaN")
+        raise UserError(f"reward_fn: must return {len(cond)} numbers, none NaN or infinite")
     return R.detach()
 
 
@@ -385,7 +385,7 @@ def schedule_loss(schedule, step, advantage, s):
 
         loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) ] / T
 
-    The KL is of all four numbers: those without an effect stay near the hand-made ones, too.
+    The KL is of all four numbers, with an effect or not.
     """
     p_phi, by_hand = schedule(step.observation, step.t, step.T)
     log_p = schedule_likelihood(p_phi, step)  # [B]
@@ -421,7 +421,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
                     metrics["kl_schedule"] += kl / B
         for name, group in zip(("model", "schedule"), optimizer.param_groups):  # as in `prepare`
             metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()  # leaves a policy without gradients as it is
+        optimizer.step()  # a policy without gradients stays
     return metrics
 
 
@@ -434,7 +434,7 @@ def prepare(model, conds, s, schedule=None):
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    learner = copy.deepcopy(model, memo=shared)  # takes what is in memo as it is
+    learner = copy.deepcopy(model, memo=shared)  # memo is not copied
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner.eval(), theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
@@ -447,14 +447,13 @@ def check_model(model, theta, conds, s):
     tokens = torch.full((2, model.seq_len), model.mask_id, device=conds.device)
     try:
         l_c, l_u = cond_uncond(model, tokens, conds[[0, 0]])
-    except IndexError as error:
-        raise UserError(f"model: {error}; no conds, or mask_id or null_cond too large?") from None
+    except (LookupError, RuntimeError, TypeError, AssertionError) as error:
+        raise UserError(f"model: {error}; no conds, or wrong mask_id or null_cond?") from error
     logits = guided_logits(l_c, l_u, l_c.new_ones(2))
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
-    # A backward pass must reach theta. `update` clears these gradients.
     if logits.requires_grad:
-        logits.sum().backward()
+        logits.sum().backward()  # must reach theta; `update` clears it
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
         raise UserError("model: no gradients: frozen, detached, or forward() of another's weights?")
 
@@ -469,7 +468,7 @@ def iterate(i, state, reward_fn, conds, s):
     torch.manual_seed(10 ** 6 * s.seed + i)  # so that a run can resume
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
-    if s.optimize == "alternate":  # theta, then phi, each on a new rollout of the same conditions
+    if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
         which, turn = ("model", "schedule")[i % 2], i // 2
     else:
         which, turn = s.optimize, i
@@ -488,7 +487,7 @@ def iterate(i, state, reward_fn, conds, s):
     metrics["groups_equal"] = (reward.amax(1) == reward.amin(1)).to(reward).mean()
     metrics = {name: float(x) for name, x in metrics.items()}
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"iteration {i}: NaN or infinity; lower lr or schedule_lr")
+        raise UserError(f"iteration {i}: NaN or infinity; lower the lrs (at 0: mend the model)")
     return metrics, rollouts
 
 
@@ -516,7 +515,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return learner, schedule, log
 
 
-# -------------------------------- main: toy digits (toy is the module toy_reward)
+# -------------------------------- main: toy digits (toy: toy_reward.py)
 def parse(argv):
     """The command line -> (arguments, Settings)."""
     parser = argparse.ArgumentParser(
@@ -527,7 +526,7 @@ def parse(argv):
     source = toy.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="DIR", help="MNIST's folder, or: drawn")
     source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt: start from its base")
-    toy.add_argument("--out", metavar="DIR", default="out", help="of the results (out, out-quick)")
+    toy.add_argument("--out", metavar="DIR", default="out", help="of the results (out)")
     toy.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                      metavar="NAME", help="cpu, cuda, cuda:1, ... (cuda if any)")
     toy.add_argument("--quick", action="store_true", help="a small world, 10 iterations")
@@ -536,8 +535,9 @@ def parse(argv):
         method.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
                             metavar="", help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
-    if args.quick:  # again, with other defaults for what is not given
-        parser.set_defaults(iters=10, out="out-quick")
+    if args.quick or args.load:  # again, with other defaults for what is not given
+        parser.set_defaults(out="out-load" if args.load else "out-quick")
+        parser.set_defaults(iters=10 if args.quick else Settings.iters)
         args = parser.parse_args(argv)
     try:
         args.device = torch.zeros(1, device=args.device).device
@@ -577,7 +577,7 @@ def load(toy, path, device):
             module.load_state_dict(saved[name])
         return modules
     except Exception:  # torch.load fails in many ways
-        raise UserError(f"--load {path}: no base.pt or cogrpo.pt of cogrpo.py") from None
+        raise UserError(f"--load {path}: not there, or no base.pt or cogrpo.pt") from None
 
 
 def report(toy, out, world, base, model, schedule, s):
@@ -594,15 +594,14 @@ def report(toy, out, world, base, model, schedule, s):
         results = [rollout(m, p, c, steps, explore=False) for c in batches]
         tokens = torch.cat([tokens for tokens, _ in results])
         rows.append(world.measure(tokens, cond, name, 2 * steps))
-        first_tokens, trajectory = results[0]  # of 50 samples, for the pictures
+        first_tokens, trajectory = results[0]  # 50, for the pictures
         films.append((name, [step.canvas for step in trajectory] + [first_tokens]))  # [50, 49]
     rows.append(world.measure_real())
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
     before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
-    # `trajectory` is now that of the last row, the learned schedule.
-    after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
+    after = torch.stack([constrain(step.action) for step in trajectory])  # learned, [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")
@@ -615,7 +614,7 @@ def run(toy, args, s):
     toy.make_folder(out)
     if args.load is None:
         print("1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute; figures mean nothing"
-              if args.quick else "four minutes on two cores")
+              if args.quick else "four minutes on two cores, seven on one")
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
         model, schedule = base, Schedule().to(device)
@@ -639,7 +638,7 @@ def run(toy, args, s):
         toy.draw_curves(out / "curves.png", log)
     print(f"3. measuring, after {time.time() - start:.0f} s")
     report(toy, out, world, base, model, schedule, s)
-    print(f"\nall is in {out}/, after {time.time() - start:.0f} s")
+    print(f"\nlook at samples.png and decoding.gif in {out}/, after {time.time() - start:.0f} s")
 
 
 def main(argv=None):
@@ -649,7 +648,7 @@ def main(argv=None):
         try:
             run(toy, args, s)
         except KeyboardInterrupt:
-            print("\nstopped; for --load there is:", *args.out.glob("*.pt"), file=sys.stderr)
+            print("\nstopped; for --load:", *map(str, args.out.glob("*.pt")), file=sys.stderr)
             sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

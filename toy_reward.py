@@ -410,7 +410,7 @@ def draw_samples(path, films, world):
     """The last two films in pairs of rows, then the first, then real digits."""
     many, few, ours = [film[-1][:40].view(4, CLASSES, -1) for _, film in films]
     real = [world.test_tokens[world.test_labels == c][:4] for c in range(CLASSES)]
-    pairs = f"{films[1][0]} above, {films[2][0]} below, of one class and seed: do strokes join?"
+    pairs = f"rows 1, 3: {films[1][0]}; 2, 4: {films[2][0]}, same seeds: do strokes join?"
     blocks = {pairs: torch.stack([few, ours], 1)[:2], films[0][0]: many,
               "real digits, through the codebook": torch.stack(real, 1)}
     pictures = {caption: canvas_picture(tokens.reshape(-1, SEQ_LEN), world.codebook, CLASSES, 2)
@@ -432,7 +432,7 @@ def draw_decoding(path, films, world):
         pictures = {f"{name}, step {t} of {T} (blue: [MASK])":
                     canvas_picture(film[t][rows], world.codebook, 5, 3)
                     for (name, film), rows in zip(films, shown)}
-        rule = "each digit: of five samples the one of median held-out p(c | image)"
+        rule = "on each side, of five samples a digit the one of median held-out p(c | image)"
         frames.append(page_of(pictures, len(films), rule).quantize(64))
     duration = [min(1000, max(100, 4000 // T))] * T + [4000]  # milliseconds
     save_whole(path, lambda part: frames[0].save(part, save_all=True, loop=0, duration=duration,
@@ -515,6 +515,6 @@ def draw_curves(path, log):
         y = [log[i][name] for i in x]
         near = np.exp(-np.square(np.subtract.outer(x, x) / (0.5 + len(x) / 25)))
         if x:
-            lines = [(x, y, PALE, 1), (x, list(near @ y / near.sum(1)), BLUE, 3)]
-            charts[caption] = chart("iteration", lines)
-    save_whole(path, page_of(charts, 2, "pale: each iteration      blue: smoothed").save)
+            bold = y if name.startswith("kl") else list(near @ y / near.sum(1))
+            charts[caption] = chart("iteration", [(x, y, GREY, 1), (x, bold, BLUE, 3)])
+    save_whole(path, page_of(charts, 2, "grey: each iteration   blue: smoothed, not the KLs").save)

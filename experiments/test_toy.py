@@ -292,7 +292,7 @@ def test_what_is_given_counts_under_quick_too(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--steps=0"], "steps=0: must be in 1"), (["--group-size=1"], "group_size=1"),
+    (["--steps=0"], "steps=0: must be int in 1"), (["--group-size=1"], "group_size=1"),
     (["--lr=nan"], "lr=nan"), (["--lr=x"], "--lr"), (["--lr=1e3"], "lr=1000.0"),
     (["--optimize=both"], "optimize=both"),
     (["--data=empty"], "--data empty: no MNIST"), (["--data=broken"], "train-\\*"),
@@ -300,9 +300,10 @@ def test_what_is_given_counts_under_quick_too(monkeypatch):
     (["--data=sorted"], "train-\\* are not of MNIST .*of each digit"),
     (["--data=packed"], "unpacked"),
     (["--out=file/x"], "--out file/x"),
-    (["--load="], "--load : no base.pt"), (["--load=file"], "--load file: no base.pt"),
-    (["--load=none.pt"], "--load none.pt: no base.pt or cogrpo.pt"),
-    (["--load=other.pt"], "--load other.pt: no base.pt"),
+    (["--load="], "--load : not there, or no base.pt"),
+    (["--load=file"], "--load file: not there, or no base.pt"),
+    (["--load=none.pt"], "--load none.pt: not there, or no base.pt or cogrpo.pt"),
+    (["--load=other.pt"], "--load other.pt: not there, or no base.pt"),
     (["--load=file", "--data=drawn"], "--data: not allowed with argument --load"),
     (["--frobnicate"], "--frobnicate"), (["--seed=-1"], "seed=-1"),
     (["--device=tpu"], "--device tpu"), (["--micro-groups=-1"], "micro_groups=-1")])
