@@ -480,7 +480,7 @@ def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230)
             size = thickness + 4
             draw.ellipse([px - size, py - size, px + size, py + size], colour)
     for x, y, text in labels:
-        write_text(draw, (at(x, y)[0] + 16, at(x, y)[1]), text, 24, INK, "lm")
+        write_text(draw, (at(x, y)[0] + 12, at(x, y)[1] + 8), text, 24, INK)
     draw.line([left, top, left, bottom, right, bottom], GREY, 2)
     return page.resize((width, height), Image.Resampling.LANCZOS)
 
