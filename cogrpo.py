@@ -170,7 +170,7 @@ def constrain(action):
 
 
 def unconstrain(values):
-    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 have none: 1e-6 off."""
+    """The inverse of `constrain`, of four floats: [4]. It moves 0 and r = 1 by 1e-6."""
     x = torch.tensor(values, dtype=torch.float64)
     r, positive = x[:1].logit(1e-6), x[1:].clamp(min=1e-6)
     inverse_softplus = positive + (-torch.expm1(-positive)).log()  # log(e^x - 1)
@@ -297,7 +297,7 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         last = t == T - 1
         filled = masked if last else masked & (rank < keep[:, None])
 
-        # 5. The update will need all of this. In the last step, r and tau_r had no effect.
+        # 5. What happened is stored. In the last step, r and tau_r had no effect.
         has_effect = cond.new_tensor([not last, True, not last, l_u is not None], dtype=bool)
         trajectory.append(Step(t, T, tokens, masked, observation, action, has_effect, candidate,
                                confidence, filled))
@@ -353,9 +353,9 @@ def surrogate(log_p, old_log_p, advantage, clip):
 
 
 def categorical_kl(l_p, l_q):
-    """KL(p || q) = sum_v p (log(p / q) - 1) + sum_v q, of logits [B, L, V]: [B, L].
+    """KL(p || q) = sum_v [p log(p / q) - p + q], of logits [B, L, V]: [B, L].
 
-    -1 and q add up to 0. Without them rounding leaves a gradient at p = q, which Adam scales up.
+    The sum of -p + q is 0. With it the derivative by p is log(p / q): exactly 0 at p = q.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + log_q.exp().sum(2)
@@ -434,7 +434,7 @@ def prepare(model, conds, s, schedule=None):
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    learner = copy.deepcopy(model, memo=shared)  # memo is not copied
+    learner = copy.deepcopy(model, memo=shared)  # reuses what is in memo
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner.eval(), theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
@@ -455,7 +455,7 @@ def check_model(model, theta, conds, s):
     if logits.requires_grad:
         logits.sum().backward()  # must reach theta; `update` clears it
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
-        raise UserError("model: no gradients: frozen, detached, or forward() of another's weights?")
+        raise UserError("model: no gradients: frozen, detached, or another model's weights?")
 
 
 def iterate(i, state, reward_fn, conds, s):

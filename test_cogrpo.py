@@ -653,7 +653,7 @@ def test_the_callers_own_loop_may_stop_and_go_on():
         iterate(6, state, likes_large, conds(3), s)
 
 # ------------------------------------------------------------------ the command line
-TINY = toy.Size(train_images=2000, test_images=400, codebook_size=32, reward_epochs=3, dim=32,
+TINY = toy.Size(train_images=1000, test_images=300, codebook_size=32, reward_epochs=3, dim=32,
                 depth=1, pretrain_steps=30, pretrain_batch=32, eval_samples=200)
 SMALL = ["--quick", "--data=drawn", "--iters=3", "--groups=2", "--group-size=4"]
 

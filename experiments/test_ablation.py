@@ -192,21 +192,20 @@ def test_intervals_against_numbers():
 
 
 def test_the_whole_ablation_on_a_small_world(small, capsys, monkeypatch):  # noqa: F811
-    """Nothing stubbed: three arms, the tables and the pictures."""
+    """Nothing stubbed: two arms, the tables and the pictures."""
     monkeypatch.setattr(ablation, "EVERY_T", (2, 4))
     monkeypatch.setattr(ablation, "COLDER", (0.4,))
     ablation.main(["--data=drawn", "--quick", "--worlds=1", "--arms", "hand-made"])
     assert "run joint and hand-made" in capsys.readouterr().out
-    ablation.main(["--data=drawn", "--quick", "--worlds=1", "--arms", "hand-made",
-                   "joint", "schedule only, blind"])
+    ablation.main(["--data=drawn", "--quick", "--worlds=1", "--arms", "hand-made", "joint"])
     assert "| joint, T = 4 | 1 |" in capsys.readouterr().out
     assert {file.name for file in Path("ablation").iterdir()} == {
         "ablation.csv", "ablation.md", "base-4.pt", "quality.png", "frontier.png"}
     noise.main(["--data=drawn", "--quick", "--runs=2"])
     text = capsys.readouterr().out
-    one, other = [float(x) for x in re.findall(r"seed \d: reward (\d\.\d+)", text)]
+    one, other = [float(x) for x in re.findall(r"seed \d: .* frechet (\d+\.\d+)", text)]
     table = dict(re.findall(r"\| (\w+) \| (\d+\.\d+) \|", text))
-    assert one != other and float(table["reward"]) == pytest.approx((one + other) / 2, abs=1e-3)
+    assert one != other and float(table["frechet"]) == pytest.approx((one + other) / 2, abs=1e-2)
 
 
 def test_the_benchmark_counts_rows_and_prints_ratios(monkeypatch):
