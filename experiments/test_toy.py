@@ -252,6 +252,12 @@ def test_every_size_reaches_what_it_names(small, monkeypatch):
     assert len(world.codebook) == TINY.codebook_size
 
 
+def test_results_of_another_kind_of_run_are_not_overwritten():
+    for flags, folder in (([], "out"), (["--quick"], "out-quick"), (["--load=a.pt"], "out-load"),
+                          (["--load=a.pt", "--out=here"], "here")):
+        assert cogrpo.parse(flags)[0].out == Path(folder)
+
+
 def test_quick_alone_makes_the_world_small(monkeypatch, tmp_path):
     sizes = []
 
