@@ -103,7 +103,7 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        layer = nn.TransformerEncoderLayer(  # with bias, no_grad rounds otherwise
+        layer = nn.TransformerEncoderLayer(  # biases would let no_grad round differently
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # A block changes nothing at first:
         nn.init.zeros_(layer.linear2.weight)             # this is faster to train.
@@ -355,7 +355,7 @@ def surrogate(log_p, old_log_p, advantage, clip):
 def categorical_kl(l_p, l_q):
     """KL(p || q) = sum_v [p log(p / q) - p + q], of logits [B, L, V]: [B, L].
 
-    The sum of -p + q is 0. With it the derivative by p is log(p / q): exactly 0 at p = q.
+    -p + q adds up to 0. Without it rounding leaves a gradient at p = q, which Adam would enlarge.
     """
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return (log_p.exp() * (log_p - log_q - 1)).sum(2) + log_q.exp().sum(2)
@@ -371,7 +371,7 @@ def model_loss(model, reference, step, cond, advantage, s):
     L = model.seq_len
     l_c, l_u = cond_uncond(model, step.canvas, cond)
     log_p = model_likelihood(l_c, l_u, step)  # [B, L]
-    if step.old_log_theta is None:  # first epoch: the weights are still those of the rollout
+    if step.old_log_theta is None:  # first epoch: the rollout's weights
         step.old_log_theta = log_p.detach()
     gain = surrogate(log_p, step.old_log_theta, advantage[:, None], s.clip) * step.filled
     with torch.no_grad():
@@ -453,7 +453,7 @@ def check_model(model, theta, conds, s):
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
     if logits.requires_grad:
-        logits.sum().backward()  # must reach theta; `update` clears it
+        logits.sum().backward()  # gradients must reach theta; `update` clears them
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
         raise UserError("model: no gradients: frozen, detached, or another model's weights?")
 
@@ -472,9 +472,9 @@ def iterate(i, state, reward_fn, conds, s):
         which, turn = ("model", "schedule")[i % 2], i // 2
     else:
         which, turn = s.optimize, i
-    picked = torch.arange(s.groups) + turn * s.groups  # the next conditions, cyclically
+    picked = (torch.arange(s.groups) + turn * s.groups) % len(conds)  # the next ones, cyclically
     rollouts, rewards = [], []
-    for c in conds[picked % len(conds)].split(s.micro_groups or s.groups):
+    for c in conds[picked].split(s.micro_groups or s.groups):
         cond = c.detach().repeat_interleave(s.group_size, 0)  # [B, ...]
         tokens, trajectory = rollout(learner, schedule, cond, s.steps)
         reward = evaluate(reward_fn, tokens, cond)
@@ -487,7 +487,7 @@ def iterate(i, state, reward_fn, conds, s):
     metrics["groups_equal"] = (reward.amax(1) == reward.amin(1)).to(reward).mean()
     metrics = {name: float(x) for name, x in metrics.items()}
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"iteration {i}: NaN or infinity; lower the lrs (at 0: mend the model)")
+        raise UserError(f"iteration {i}: NaN or infinity; lower lr or schedule_lr, check the model")
     return metrics, rollouts
 
 
@@ -601,7 +601,7 @@ def report(toy, out, world, base, model, schedule, s):
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
     before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
-    after = torch.stack([constrain(step.action) for step in trajectory])  # learned, [T, 50, 4]
+    after = torch.stack([constrain(step.action) for step in trajectory])  # last row: [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")

@@ -369,7 +369,7 @@ def test_settings_that_cannot_be_are_refused_by_name():
 
 def test_a_run_that_explodes_says_in_which_iteration():
     """In float16 Adam divides by 0."""
-    with pytest.raises(UserError, match="iteration [1-3]: NaN or infinity; lower the lrs"):
+    with pytest.raises(UserError, match="iteration [1-3]: NaN or infinity; lower lr"):
         trained(a_model(dtype=torch.float16))
 
 
