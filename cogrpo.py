@@ -173,8 +173,7 @@ def unconstrain(values):
     """The inverse of `constrain`, of four floats: [4]. It moves 0 and r = 1 by 1e-6."""
     x = torch.tensor(values, dtype=torch.float64)
     r, positive = x[:1].logit(1e-6), x[1:].clamp(min=1e-6)
-    inverse_softplus = positive + (-torch.expm1(-positive)).log()  # log(e^x - 1)
-    return torch.cat([r, inverse_softplus])
+    return torch.cat([r, positive + (-torch.expm1(-positive)).log()])  # log(e^x - 1)
 
 
 def observe(l_c, masked):
@@ -251,7 +250,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
-    # Where only l_u is BANNED, l_c - l_u is +1e30, and must not win.
+    # Where only l_u is BANNED, l_c - l_u is +1e30.
     return logits.masked_fill_(l_u <= BANNED, BANNED)
 
 
@@ -331,10 +330,7 @@ def group_advantage(reward, group_size):
 
 # -------------------------------- policy likelihood
 def model_likelihood(l_c, l_u, step):
-    """log p_theta(candidate | a_t, x_t, c) = log softmax(logits / tau_s)[candidate]: [B, L].
-
-    That is the distribution that the candidate was drawn from, so tau_s is in it.
-    """
+    """log p_theta(candidate | a_t, x_t, c) = log softmax(logits / tau_s)[candidate]: [B, L]."""
     _, tau_s, _, w = constrain(step.action).unbind(1)
     tempered = guided_logits(l_c, l_u, w) / tau_s[:, None, None]
     return tempered.log_softmax(2).gather(2, step.candidate[:, :, None])[:, :, 0]
@@ -353,12 +349,10 @@ def surrogate(log_p, old_log_p, advantage, clip):
 
 
 def categorical_kl(l_p, l_q):
-    """KL(p || q) = sum_v [p log(p / q) - p + q], of logits [B, L, V]: [B, L].
-
-    -p + q adds up to 0. Without it rounding leaves a gradient at p = q, which Adam would enlarge.
-    """
+    """KL(p || q) = 1 + sum_v p (log(p / q) - 1), of two logits [B, L, V]: [B, L]."""
+    # The 1s cancel. Without them the gradient at p = q is noise of rounding, not 0.
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
-    return (log_p.exp() * (log_p - log_q - 1)).sum(2) + log_q.exp().sum(2)
+    return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
 
 
 def model_loss(model, reference, step, cond, advantage, s):
@@ -383,9 +377,7 @@ def model_loss(model, reference, step, cond, advantage, s):
 def schedule_loss(schedule, step, advantage, s):
     """Scheduling policy optimization: a step's loss_phi, summed over samples, and its KL.
 
-        loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) ] / T
-
-    The KL is of all four numbers, with an effect or not.
+        loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) of all of a_t ] / T
     """
     p_phi, by_hand = schedule(step.observation, step.t, step.T)
     log_p = schedule_likelihood(p_phi, step)  # [B]
@@ -402,8 +394,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
         loss = mean over samples of sum_t [ loss_theta + loss_phi ]
 
     No gradient goes through the generation. Each step is scored on its own, and its graph freed
-    before the next. Each policy's gradient is clipped to norm 1. rollouts: a list of (tokens,
-    trajectory, cond, advantage). Returns the metrics of the last epoch.
+    before the next. rollouts: a list of (tokens, trajectory, cond, advantage). Returns metrics.
     """
     B = sum(len(tokens) for tokens, _, _, _ in rollouts)
     for _ in range(s.epochs):
@@ -419,9 +410,9 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
                     loss, kl = schedule_loss(schedule, step, advantage, s)
                     (loss / B).backward()
                     metrics["kl_schedule"] += kl / B
-        for name, group in zip(("model", "schedule"), optimizer.param_groups):  # as in `prepare`
+        for name, group in zip(("model", "schedule"), optimizer.param_groups):  # each to norm 1
             metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()  # a policy without gradients stays
+        optimizer.step()  # no gradients: it stays
     return metrics
 
 
@@ -443,7 +434,7 @@ def prepare(model, conds, s, schedule=None):
 
 
 def check_model(model, theta, conds, s):
-    """Refuse a model whose logits differ for two equal rows, or that gets no gradients."""
+    """Refuse a model that differs for two equal rows, or gets no gradients."""
     tokens = torch.full((2, model.seq_len), model.mask_id, device=conds.device)
     try:
         l_c, l_u = cond_uncond(model, tokens, conds[[0, 0]])
@@ -453,13 +444,13 @@ def check_model(model, theta, conds, s):
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
     if logits.requires_grad:
-        logits.sum().backward()  # gradients must reach theta; `update` clears them
+        logits.sum().backward()  # `update` clears the gradients
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
         raise UserError("model: no gradients: frozen, detached, or another model's weights?")
 
 
 def iterate(i, state, reward_fn, conds, s):
-    """Iteration i, on a state of `prepare`. Returns metrics, a dict, and rollouts: see `update`."""
+    """Iteration i, on a state of `prepare`. Returns metrics, and rollouts as in `update`."""
     if i >= s.iters:
         raise UserError(f"iteration {i}: the last one is {s.iters - 1}")
     learner, schedule, reference, optimizer = state
@@ -468,11 +459,10 @@ def iterate(i, state, reward_fn, conds, s):
     torch.manual_seed(10 ** 6 * s.seed + i)  # so that a run can resume
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
+    which, turn = s.optimize, i
     if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
         which, turn = ("model", "schedule")[i % 2], i // 2
-    else:
-        which, turn = s.optimize, i
-    picked = (torch.arange(s.groups) + turn * s.groups) % len(conds)  # the next ones, cyclically
+    picked = (torch.arange(s.groups) + turn * s.groups) % len(conds)
     rollouts, rewards = [], []
     for c in conds[picked].split(s.micro_groups or s.groups):
         cond = c.detach().repeat_interleave(s.group_size, 0)  # [B, ...]
@@ -502,8 +492,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     Returns (learner, schedule, log), log a list of metrics.
     """
     conds = torch.as_tensor(conds)
-    state = prepare(model, conds, settings, schedule)
-    learner, schedule, _, _ = state
+    state = learner, schedule, _, _ = prepare(model, conds, settings, schedule)
     log = []
     bar = tqdm(range(settings.iters), "Co-GRPO", disable=None)
     for i in bar:
@@ -528,17 +517,18 @@ def parse(argv):
     source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt: start from its base")
     toy.add_argument("--out", metavar="DIR", default="out", help="of the results (out)")
     toy.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                     metavar="NAME", help="cpu, cuda, cuda:1, ... (cuda if any)")
+                     metavar="NAME", help="cpu, cuda, cuda:1, ...")
     toy.add_argument("--quick", action="store_true", help="a small world, 10 iterations")
     method = parser.add_argument_group("Co-GRPO")
     for f in fields(Settings):
         method.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
                             metavar="", help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
-    if args.quick or args.load:  # again, with other defaults for what is not given
-        parser.set_defaults(out="out-load" if args.load else "out-quick")
-        parser.set_defaults(iters=10 if args.quick else Settings.iters)
-        args = parser.parse_args(argv)
+    if args.quick:  # other defaults for what is not given
+        parser.set_defaults(iters=10, out="out-quick")
+    if args.load:
+        parser.set_defaults(out="out-load")
+    args = parser.parse_args(argv)
     try:
         args.device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError):
@@ -594,7 +584,7 @@ def report(toy, out, world, base, model, schedule, s):
         results = [rollout(m, p, c, steps, explore=False) for c in batches]
         tokens = torch.cat([tokens for tokens, _ in results])
         rows.append(world.measure(tokens, cond, name, 2 * steps))
-        first_tokens, trajectory = results[0]  # 50, for the pictures
+        first_tokens, trajectory = results[0]
         films.append((name, [step.canvas for step in trajectory] + [first_tokens]))  # [50, 49]
     rows.append(world.measure_real())
     toy.write_csv(out / "results.csv", rows)
