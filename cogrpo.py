@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 BANNED = -1e30  # logit of a token that is never drawn: finite, since 0 * -inf is NaN
 
-# -------------------------------- settings
+# ------------------------ settings
 class UserError(ValueError):
     """What the user can put right: the command line prints it without a traceback."""
 
@@ -90,7 +90,7 @@ class Settings:
                 raise UserError(f"{f.name}={value!r}: must be {f.type.__name__} in {low}..{high}")
 
 
-# -------------------------------- the masked diffusion model, p_theta
+# ------------------------ the masked diffusion model, p_theta
 class MDM(nn.Module):
     """A small masked diffusion model: tokens int64 [B, L], cond int64 [B] -> logits [B, L, V].
 
@@ -103,7 +103,8 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        layer = nn.TransformerEncoderLayer(  # biases would let no_grad round differently
+        # With biases, torch uses another kernel under no_grad, and KL(model || its copy) is not 0.
+        layer = nn.TransformerEncoderLayer(
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # A block changes nothing at first:
         nn.init.zeros_(layer.linear2.weight)             # this is faster to train.
@@ -121,7 +122,7 @@ class MDM(nn.Module):
 def logits_of(model, tokens, cond):
     """Any model's logits [B, L, V] in float32 at least. [MASK] and tokens at -inf are BANNED."""
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        raise UserError("torch.autocast around the loop keeps old weights: use it in forward()")
+        raise UserError("torch.autocast around the loop caches old weights: use it in forward()")
     logits = model(tokens.clone(), cond.clone())  # the model may write into them
     if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
         raise UserError("model: must return its logits, one tensor [B, L, V]")
@@ -157,7 +158,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     return loss.item()
 
 
-# -------------------------------- the scheduling policy, p_phi
+# ------------------------ the scheduling policy, p_phi
 def hand_made(t, T):
     """MaskGIT's usual schedule: (r, tau_s, tau_r, w) at step t = 0..T-1."""
     u = (t + 1) / T
@@ -170,9 +171,9 @@ def constrain(action):
 
 
 def unconstrain(values):
-    """The inverse of `constrain`, of four floats: [4]. It moves 0 and r = 1 by 1e-6."""
+    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 have none: moved by 1e-6."""
     x = torch.tensor(values, dtype=torch.float64)
-    r, positive = x[:1].logit(1e-6), x[1:].clamp(min=1e-6)
+    r, positive = x[:1].logit(eps=1e-6), x[1:].clamp(min=1e-6)
     return torch.cat([r, positive + (-torch.expm1(-positive)).log()])  # log(e^x - 1)
 
 
@@ -202,7 +203,8 @@ class Schedule(nn.Module):
     def __init__(self, hand_made=hand_made, std=0.3, hidden=32):
         super().__init__()
         self.hand_made, self.std = hand_made, std
-        self.residual = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, 4)).float()
+        self.residual = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, 4))
+        self.float()  # whatever torch's default is
         nn.init.zeros_(self.residual[2].weight)
         nn.init.zeros_(self.residual[2].bias)
 
@@ -214,11 +216,11 @@ class Schedule(nn.Module):
         u = torch.full_like(observation[:, :1], (t + 1) / T)
         residual = self.residual(torch.cat([observation, u], 1).to(self.residual[0].weight))
         by_hand = unconstrain(values).to(residual).expand_as(residual)  # [B, 4]
-        p_phi = Normal(by_hand + residual, self.std, validate_args=False)
+        p_phi = Normal(by_hand + residual, self.std, validate_args=False)  # NaN: see `iterate`
         return p_phi, Normal(by_hand, self.std, validate_args=False)
 
 
-# -------------------------------- trajectory collection
+# ------------------------ trajectory collection
 @dataclass
 class Step:
     """What happened to B samples in step t of T."""
@@ -250,7 +252,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
-    # Where only l_u is BANNED, l_c - l_u is +1e30.
+    # Where only l_u is BANNED, l_c - l_u is +1e30, and the token would always be drawn.
     return logits.masked_fill_(l_u <= BANNED, BANNED)
 
 
@@ -309,7 +311,7 @@ def sample(model, schedule, cond, T, tokens=None):
     return rollout(model, schedule, cond, T, tokens, explore=False)[0]
 
 
-# -------------------------------- group advantage
+# ------------------------ group advantage
 @torch.no_grad()
 def evaluate(reward_fn, tokens, cond):
     """R of each sample, float32 [B], on cond's device. UserError if not B numbers."""
@@ -328,7 +330,7 @@ def group_advantage(reward, group_size):
     return ((R - R.mean(1, keepdim=True)) / std).masked_fill(equal, 0).flatten()
 
 
-# -------------------------------- policy likelihood
+# ------------------------ policy likelihood
 def model_likelihood(l_c, l_u, step):
     """log p_theta(candidate | a_t, x_t, c) = log softmax(logits / tau_s)[candidate]: [B, L]."""
     _, tau_s, _, w = constrain(step.action).unbind(1)
@@ -341,7 +343,7 @@ def schedule_likelihood(p_phi, step):
     return (p_phi.log_prob(step.action) * step.has_effect).sum(1)
 
 
-# -------------------------------- policy optimization
+# ------------------------ policy optimization (s: Settings)
 def surrogate(log_p, old_log_p, advantage, clip):
     """PPO: min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat)."""
     ratio = (log_p - old_log_p).exp()
@@ -350,7 +352,7 @@ def surrogate(log_p, old_log_p, advantage, clip):
 
 def categorical_kl(l_p, l_q):
     """KL(p || q) = 1 + sum_v p (log(p / q) - 1), of two logits [B, L, V]: [B, L]."""
-    # The 1s cancel. Without them the gradient at p = q is noise of rounding, not 0.
+    # The 1s cancel. With them the gradient by p is log(p / q): exactly 0 at p = q.
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
 
@@ -377,14 +379,14 @@ def model_loss(model, reference, step, cond, advantage, s):
 def schedule_loss(schedule, step, advantage, s):
     """Scheduling policy optimization: a step's loss_phi, summed over samples, and its KL.
 
-        loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) of all of a_t ] / T
+        loss_phi = [ -surrogate + schedule_beta KL(p_phi || hand-made) ] / T
     """
     p_phi, by_hand = schedule(step.observation, step.t, step.T)
     log_p = schedule_likelihood(p_phi, step)  # [B]
     if step.old_log_phi is None:
         step.old_log_phi = log_p.detach()
     gain = surrogate(log_p, step.old_log_phi, advantage, s.clip)  # [B]
-    kl = kl_divergence(p_phi, by_hand).sum(1)  # [B]
+    kl = kl_divergence(p_phi, by_hand).sum(1)  # [B], of all four
     return (s.schedule_beta * kl - gain).sum() / step.T, kl.detach().sum() / step.T
 
 
@@ -394,7 +396,8 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
         loss = mean over samples of sum_t [ loss_theta + loss_phi ]
 
     No gradient goes through the generation. Each step is scored on its own, and its graph freed
-    before the next. rollouts: a list of (tokens, trajectory, cond, advantage). Returns metrics.
+    before the next. rollouts: the samples in one part or more (micro_groups), each a tuple
+    (tokens, trajectory, cond, advantage). Returns metrics.
     """
     B = sum(len(tokens) for tokens, _, _, _ in rollouts)
     for _ in range(s.epochs):
@@ -412,11 +415,11 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
                     metrics["kl_schedule"] += kl / B
         for name, group in zip(("model", "schedule"), optimizer.param_groups):  # each to norm 1
             metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()  # no gradients: it stays
+        optimizer.step()  # a policy without gradients stays
     return metrics
 
 
-# -------------------------------- training
+# ------------------------ training
 def prepare(model, conds, s, schedule=None):
     """What the iterations start from: (learner, schedule, reference, optimizer).
 
@@ -425,16 +428,17 @@ def prepare(model, conds, s, schedule=None):
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    learner = copy.deepcopy(model, memo=shared)  # reuses what is in memo
+    learner = copy.deepcopy(model, memo=shared)  # what is in memo is not copied
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner.eval(), theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
-    optimizer = torch.optim.Adam([{"params": theta}, {"params": list(schedule.parameters())}])
+    phi = list(schedule.parameters())
+    optimizer = torch.optim.Adam([{"params": theta}, {"params": phi}])  # `iterate` sets lr
     return learner, schedule, model, optimizer
 
 
 def check_model(model, theta, conds, s):
-    """Refuse a model that differs for two equal rows, or gets no gradients."""
+    """Refuse a model whose logits differ for two equal rows, or do not reach its weights."""
     tokens = torch.full((2, model.seq_len), model.mask_id, device=conds.device)
     try:
         l_c, l_u = cond_uncond(model, tokens, conds[[0, 0]])
@@ -462,7 +466,7 @@ def iterate(i, state, reward_fn, conds, s):
     which, turn = s.optimize, i
     if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
         which, turn = ("model", "schedule")[i % 2], i // 2
-    picked = (torch.arange(s.groups) + turn * s.groups) % len(conds)
+    picked = (torch.arange(s.groups) + turn * s.groups) % len(conds)  # the next, in turn
     rollouts, rewards = [], []
     for c in conds[picked].split(s.micro_groups or s.groups):
         cond = c.detach().repeat_interleave(s.group_size, 0)  # [B, ...]
@@ -492,7 +496,8 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     Returns (learner, schedule, log), log a list of metrics.
     """
     conds = torch.as_tensor(conds)
-    state = learner, schedule, _, _ = prepare(model, conds, settings, schedule)
+    state = prepare(model, conds, settings, schedule)
+    learner, schedule, _, _ = state
     log = []
     bar = tqdm(range(settings.iters), "Co-GRPO", disable=None)
     for i in bar:
@@ -504,7 +509,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return learner, schedule, log
 
 
-# -------------------------------- main: toy digits (toy: toy_reward.py)
+# ------------------------ main: toy digits (toy: toy_reward.py)
 def parse(argv):
     """The command line -> (arguments, Settings)."""
     parser = argparse.ArgumentParser(
@@ -524,11 +529,11 @@ def parse(argv):
         method.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
                             metavar="", help=f"{f.metadata['help']} ({f.default})")
     args = parser.parse_args(argv)
-    if args.quick:  # other defaults for what is not given
+    if args.quick:
         parser.set_defaults(iters=10, out="out-quick")
     if args.load:
         parser.set_defaults(out="out-load")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # again: new defaults for what is not given
     try:
         args.device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError):
@@ -538,7 +543,7 @@ def parse(argv):
 
 
 def make_base(toy, data, size, seed, device):
-    """A toy world, and a model pretrained on its digits."""
+    """A toy world (codebook, classifiers, test digits), and a model pretrained on its digits."""
     train_set, test_set, source = toy.load_digits(data, size, seed)
     print(source)
     torch.manual_seed(seed)
@@ -552,7 +557,7 @@ def make_base(toy, data, size, seed, device):
 def save(toy, path, world, base, model, schedule):
     saved = {"size": asdict(world.size), "world": world.state_dict(), "base": base.state_dict(),
              "model": model.state_dict(), "schedule": schedule.state_dict()}
-    toy.save_whole(path, lambda part: torch.save(saved, part))
+    toy.save_whole(path, lambda temporary: torch.save(saved, temporary))
 
 
 def load(toy, path, device):
@@ -575,15 +580,16 @@ def report(toy, out, world, base, model, schedule, s):
     T, device = s.steps, world.codebook.device
     by_hand = Schedule().to(device)
     cond = torch.arange(world.size.eval_samples, device=device) % toy.CLASSES
+    trained = s.optimize if s.iters else "loaded"
+    arms = [("hand-made T=32", base, by_hand, 32), (f"hand-made T={T}", base, by_hand, T),
+            (f"{trained} T={T}", model, schedule, T)]
     rows, films = [], []
-    for name, m, p, steps in (("hand-made T=32", base, by_hand, 32),
-                              (f"hand-made T={T}", base, by_hand, T),
-                              (f"{s.optimize if s.iters else 'loaded'} T={T}", model, schedule, T)):
+    for name, m, p, steps in arms:
         torch.manual_seed(s.seed)
         batches = tqdm(cond.split(50), f"measuring {name}", disable=None)
         results = [rollout(m, p, c, steps, explore=False) for c in batches]
         tokens = torch.cat([tokens for tokens, _ in results])
-        rows.append(world.measure(tokens, cond, name, 2 * steps))
+        rows.append(world.measure(tokens, cond, name, passes=2 * steps))
         first_tokens, trajectory = results[0]
         films.append((name, [step.canvas for step in trajectory] + [first_tokens]))  # [50, 49]
     rows.append(world.measure_real())
@@ -591,7 +597,8 @@ def report(toy, out, world, base, model, schedule, s):
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
     before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
-    after = torch.stack([constrain(step.action) for step in trajectory])  # last row: [T, 50, 4]
+    # The last arm's, of 50 samples:
+    after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")
@@ -610,13 +617,15 @@ def run(toy, args, s):
         model, schedule = base, Schedule().to(device)
         save(toy, out / "base.pt", world, base, model, schedule)
     else:
-        world, base, model, schedule = load(toy, args.load, device)  # training starts from base
+        # Training starts from base. Without training, model and schedule are measured.
+        world, base, model, schedule = load(toy, args.load, device)
 
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
         metrics["held_out"] = float(p.mean())  # only measured
         if metrics["iter"] % 10 == 9:
             save(toy, out / "cogrpo.pt", world, base, learner, schedule)
+
     if s.iters > 0:
         print(f"2. Co-GRPO, after {time.time() - start:.0f} s")
         if (out / "cogrpo.pt").exists():
@@ -635,11 +644,10 @@ def main(argv=None):
     import toy_reward as toy  # the method does not need it
     try:
         args, s = parse(argv)
-        try:
-            run(toy, args, s)
-        except KeyboardInterrupt:
-            print("\nstopped; for --load:", *map(str, args.out.glob("*.pt")), file=sys.stderr)
-            sys.exit(130)
+        run(toy, args, s)
+    except KeyboardInterrupt:
+        print("\nstopped; --load takes base.pt and cogrpo.pt, where written", file=sys.stderr)
+        sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)
         sys.exit(2)

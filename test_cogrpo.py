@@ -305,7 +305,7 @@ def test_the_model_is_scored_under_what_its_tokens_were_drawn_from():
         for b, i in itertools.product(range(8), range(6)):
             filled = step.canvas[b, i] == 5 and canvases[t + 1][b, i] != 5
             wanted = p[b, i, canvases[t + 1][b, i]].log().item() if filled else 0.0
-            assert float(got[b, i]) == pytest.approx(wanted, abs=1e-10)
+            assert got[b, i].item() == pytest.approx(wanted, abs=1e-10)
 
 
 def test_the_schedule_is_scored_on_what_has_an_effect():

@@ -89,10 +89,10 @@ def draw_step(path, world, step, after, scale=6):
     boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored"),
              ("model p_theta", drawn, "a candidate for every [MASK]"),
              ("ranked", outlined(ranked, filled, scale, toy.INK),
-              "log p + tau_r * noise, framed: kept"),
+              "bright: large log p + tau_r * noise\nframed: kept   crossed: not masked"),
              ("canvas x_t+1", outlined(then, filled, scale, SCORED), "filled tokens are scored")]
     w = 28 * scale + 56
-    page = Image.new("RGB", (len(boxes) * w + 30, 28 * scale + 100), CARD)
+    page = Image.new("RGB", (len(boxes) * w + 30, 28 * scale + 110), CARD)
     draw = ImageDraw.Draw(page)
     for k, (title, picture, caption) in enumerate(boxes):
         x, y = 30 + k * w, 50
