@@ -561,7 +561,7 @@ def save(toy, path, world, base, model, schedule):
 
 
 def load(toy, path, device):
-    """(world, base, model, schedule) of a base.pt or cogrpo.pt."""
+    """(world, base, model, schedule) of a base.pt or cogrpo.pt. Training starts from base."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         size, state = toy.Size(**saved["size"]), saved["world"]
@@ -597,8 +597,7 @@ def report(toy, out, world, base, model, schedule, s):
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
     before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
-    # The last arm's, of 50 samples:
-    after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
+    after = torch.stack([constrain(step.action) for step in trajectory])  # last arm: [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")
@@ -617,7 +616,6 @@ def run(toy, args, s):
         model, schedule = base, Schedule().to(device)
         save(toy, out / "base.pt", world, base, model, schedule)
     else:
-        # Training starts from base. Without training, model and schedule are measured.
         world, base, model, schedule = load(toy, args.load, device)
 
     def on_iteration(metrics, learner, schedule, rollouts):

@@ -31,17 +31,21 @@ def the_step(path, t=1, T=4, c=3):
     return world, step, log_p, torch.where(step.filled, step.candidate, step.canvas)
 
 
-def table(step, log_p):
-    """Five masked positions: the first two, the last kept, the first not kept, the last."""
-    order = step.confidence[0].argsort(descending=True)
+def ranks(step):
+    """(rank from 1, position) of five: the first two, the last kept, the next, the last."""
+    order = step.confidence[0].argsort(descending=True).tolist()
     kept, masked = int(step.filled.sum()), int(step.masked.sum())
-    lines = ["|rank|log p|+ noise|= confidence|kept|scored|", "|---" * 6 + "|"]
-    for rank in (0, 1, kept - 1, kept, masked - 1):
-        i = int(order[rank])
-        confidence = float(step.confidence[0, i])
+    return [(rank, order[rank - 1]) for rank in (1, 2, kept, kept + 1, masked)]
+
+
+def table(step, log_p):
+    """The five of `ranks`, a line each."""
+    lines = ["|rank|log p|+ tau_r * noise|= confidence|kept and scored|", "|---" * 5 + "|"]
+    for rank, i in ranks(step):
+        confidence = round(float(step.confidence[0, i]), 2)
+        noise = confidence - round(float(log_p[i]), 2)
         yes = "yes" if step.filled[0, i] else "no"
-        noise = confidence - float(log_p[i])
-        lines.append(f"|{rank + 1}|{log_p[i]:.2f}|{noise:+.2f}|{confidence:.2f}|{yes}|{yes}|")
+        lines.append(f"|{rank}|{log_p[i]:.2f}|{noise:+.2f}|{confidence:.2f}|{yes}|")
     return lines
 
 
@@ -86,11 +90,15 @@ def draw_step(path, world, step, after, scale=6):
     before, drawn, then = [toy.canvas_picture(x, world.codebook, 1, scale) for x in (
         step.canvas, torch.where(step.masked, step.candidate, step.canvas), after)]
     ranked = shades(step.confidence[0], masked, scale)
+    for rank, i in ranks(step):  # 4 * scale is the side of a token
+        middle = (i % 7 + 0.5) * 4 * scale, (i // 7 + 0.5) * 4 * scale
+        color = "white" if rank == masked.sum() else toy.INK
+        toy.write_text(ImageDraw.Draw(ranked), middle, str(rank), 14, color, "mm")
     boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored"),
              ("model p_theta", drawn, "a candidate for every [MASK]"),
              ("ranked", outlined(ranked, filled, scale, toy.INK),
-              "bright: large log p + tau_r * noise\nframed: kept   crossed: not masked"),
-             ("canvas x_t+1", outlined(then, filled, scale, SCORED), "filled tokens are scored")]
+              "bright, and rank: log p + tau_r * noise\nframed: kept   crossed: not masked"),
+             ("next canvas", outlined(then, filled, scale, SCORED), "filled tokens are scored")]
     w = 28 * scale + 56
     page = Image.new("RGB", (len(boxes) * w + 30, 28 * scale + 110), CARD)
     draw = ImageDraw.Draw(page)
