@@ -5,11 +5,12 @@ predict every [MASK], keep the most confident predictions, repeat. How many are 
 they are drawn, is up to a schedule that training never sees. Co-GRPO (arXiv 2512.22288) calls the T
 steps one Markov decision process, and trains model and schedule on the reward of the sample:
 
-    canvas x_t ----> schedule p_phi ----> action a_t = (r, tau_s, tau_r, w)
-     ^     |                                 |
-     |     +-------> model p_theta <---------+
-     |                     |
-     +---- x_{t+1} <---- a candidate for every [MASK], of which the most confident are kept
+    canvas x_t ----> model p_theta ----> l_c, l_u ----> schedule p_phi
+     ^                                     |               |
+     |                                     v               v
+     |          a candidate for every [MASK] <---- a_t = (r, tau_s, tau_r, w)
+     |                                     |
+     +---- x_{t+1} <---- the most confident are kept
 
     x_T ----> reward R ----> advantage within its group ----> update of theta and phi
 
@@ -53,7 +54,7 @@ from tqdm import tqdm
 
 BANNED = -1e30  # logit of a token that is never drawn: finite, since 0 * -inf is NaN
 
-# ------------------------ settings
+# ---------------- settings
 class UserError(ValueError):
     """What the user can put right: the command line prints it without a traceback."""
 
@@ -90,7 +91,7 @@ class Settings:
                 raise UserError(f"{f.name}={value!r}: must be {f.type.__name__} in {low}..{high}")
 
 
-# ------------------------ the masked diffusion model, p_theta
+# ---------------- the masked diffusion model, p_theta
 class MDM(nn.Module):
     """A small masked diffusion model: tokens int64 [B, L], cond int64 [B] -> logits [B, L, V].
 
@@ -103,7 +104,7 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        # With biases, torch uses another kernel under no_grad, and KL(model || its copy) is not 0.
+        # bias=False: torch's no_grad kernel rounds otherwise, KL(model || its copy) would not be 0.
         layer = nn.TransformerEncoderLayer(
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # A block changes nothing at first:
@@ -122,7 +123,7 @@ class MDM(nn.Module):
 def logits_of(model, tokens, cond):
     """Any model's logits [B, L, V] in float32 at least. [MASK] and tokens at -inf are BANNED."""
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        raise UserError("torch.autocast around the loop caches old weights: use it in forward()")
+        raise UserError("torch.autocast around the loop misses updates: use it in forward()")
     logits = model(tokens.clone(), cond.clone())  # the model may write into them
     if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
         raise UserError("model: must return its logits, one tensor [B, L, V]")
@@ -158,7 +159,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     return loss.item()
 
 
-# ------------------------ the scheduling policy, p_phi
+# ---------------- the scheduling policy, p_phi
 def hand_made(t, T):
     """MaskGIT's usual schedule: (r, tau_s, tau_r, w) at step t = 0..T-1."""
     u = (t + 1) / T
@@ -171,7 +172,7 @@ def constrain(action):
 
 
 def unconstrain(values):
-    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 have none: moved by 1e-6."""
+    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 have none, and move by 1e-6."""
     x = torch.tensor(values, dtype=torch.float64)
     r, positive = x[:1].logit(eps=1e-6), x[1:].clamp(min=1e-6)
     return torch.cat([r, positive + (-torch.expm1(-positive)).log()])  # log(e^x - 1)
@@ -204,7 +205,7 @@ class Schedule(nn.Module):
         super().__init__()
         self.hand_made, self.std = hand_made, std
         self.residual = nn.Sequential(nn.Linear(4, hidden), nn.SiLU(), nn.Linear(hidden, 4))
-        self.float()  # whatever torch's default is
+        self.float()  # even if torch's default is bfloat16
         nn.init.zeros_(self.residual[2].weight)
         nn.init.zeros_(self.residual[2].bias)
 
@@ -216,11 +217,11 @@ class Schedule(nn.Module):
         u = torch.full_like(observation[:, :1], (t + 1) / T)
         residual = self.residual(torch.cat([observation, u], 1).to(self.residual[0].weight))
         by_hand = unconstrain(values).to(residual).expand_as(residual)  # [B, 4]
-        p_phi = Normal(by_hand + residual, self.std, validate_args=False)  # NaN: see `iterate`
+        p_phi = Normal(by_hand + residual, self.std, validate_args=False)  # `iterate` reports NaN
         return p_phi, Normal(by_hand, self.std, validate_args=False)
 
 
-# ------------------------ trajectory collection
+# ---------------- trajectory collection
 @dataclass
 class Step:
     """What happened to B samples in step t of T."""
@@ -292,7 +293,7 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
         rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the best
 
-        # 4. The best are kept, at least one, until floor(r L) are masked. The last step keeps all.
+        # 4. The best are kept, at least one, until only r are masked. The last step keeps all.
         left = (r * masked_at_start + 1e-3).floor()  # 2.9999 is 3
         keep = (masked.sum(1) - left).clamp(min=1)  # [B]
         last = t == T - 1
@@ -311,7 +312,7 @@ def sample(model, schedule, cond, T, tokens=None):
     return rollout(model, schedule, cond, T, tokens, explore=False)[0]
 
 
-# ------------------------ group advantage
+# ---------------- group advantage
 @torch.no_grad()
 def evaluate(reward_fn, tokens, cond):
     """R of each sample, float32 [B], on cond's device. UserError if not B numbers."""
@@ -330,7 +331,7 @@ def group_advantage(reward, group_size):
     return ((R - R.mean(1, keepdim=True)) / std).masked_fill(equal, 0).flatten()
 
 
-# ------------------------ policy likelihood
+# ---------------- policy likelihood
 def model_likelihood(l_c, l_u, step):
     """log p_theta(candidate | a_t, x_t, c) = log softmax(logits / tau_s)[candidate]: [B, L]."""
     _, tau_s, _, w = constrain(step.action).unbind(1)
@@ -343,7 +344,7 @@ def schedule_likelihood(p_phi, step):
     return (p_phi.log_prob(step.action) * step.has_effect).sum(1)
 
 
-# ------------------------ policy optimization (s: Settings)
+# ---------------- policy optimization (s: Settings)
 def surrogate(log_p, old_log_p, advantage, clip):
     """PPO: min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat)."""
     ratio = (log_p - old_log_p).exp()
@@ -352,7 +353,7 @@ def surrogate(log_p, old_log_p, advantage, clip):
 
 def categorical_kl(l_p, l_q):
     """KL(p || q) = 1 + sum_v p (log(p / q) - 1), of two logits [B, L, V]: [B, L]."""
-    # The 1s cancel. With them the gradient by p is log(p / q): exactly 0 at p = q.
+    # The 1s cancel. Without them, the gradient at p = q is rounding noise, which Adam enlarges.
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
 
@@ -386,7 +387,7 @@ def schedule_loss(schedule, step, advantage, s):
     if step.old_log_phi is None:
         step.old_log_phi = log_p.detach()
     gain = surrogate(log_p, step.old_log_phi, advantage, s.clip)  # [B]
-    kl = kl_divergence(p_phi, by_hand).sum(1)  # [B], of all four
+    kl = kl_divergence(p_phi, by_hand).sum(1)  # [B], also of what has no effect
     return (s.schedule_beta * kl - gain).sum() / step.T, kl.detach().sum() / step.T
 
 
@@ -397,7 +398,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
 
     No gradient goes through the generation. Each step is scored on its own, and its graph freed
     before the next. rollouts: the samples in one part or more (micro_groups), each a tuple
-    (tokens, trajectory, cond, advantage). Returns metrics.
+    (tokens, trajectory, cond, advantage). Returns metrics of the last epoch.
     """
     B = sum(len(tokens) for tokens, _, _, _ in rollouts)
     for _ in range(s.epochs):
@@ -419,7 +420,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
     return metrics
 
 
-# ------------------------ training
+# ---------------- training
 def prepare(model, conds, s, schedule=None):
     """What the iterations start from: (learner, schedule, reference, optimizer).
 
@@ -428,9 +429,9 @@ def prepare(model, conds, s, schedule=None):
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    learner = copy.deepcopy(model, memo=shared)  # what is in memo is not copied
+    learner = copy.deepcopy(model, memo=shared).eval()  # what is in memo is not copied
     theta = [p for p in learner.parameters() if p.requires_grad]
-    check_model(learner.eval(), theta, conds, s)
+    check_model(learner, theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
     phi = list(schedule.parameters())
     optimizer = torch.optim.Adam([{"params": theta}, {"params": phi}])  # `iterate` sets lr
@@ -463,10 +464,10 @@ def iterate(i, state, reward_fn, conds, s):
     torch.manual_seed(10 ** 6 * s.seed + i)  # so that a run can resume
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
-    which, turn = s.optimize, i
+    which, batch = s.optimize, i
     if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
-        which, turn = ("model", "schedule")[i % 2], i // 2
-    picked = (torch.arange(s.groups) + turn * s.groups) % len(conds)  # the next, in turn
+        which, batch = ("model", "schedule")[i % 2], i // 2
+    picked = (torch.arange(s.groups) + batch * s.groups) % len(conds)  # the next ones
     rollouts, rewards = [], []
     for c in conds[picked].split(s.micro_groups or s.groups):
         cond = c.detach().repeat_interleave(s.group_size, 0)  # [B, ...]
@@ -509,7 +510,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return learner, schedule, log
 
 
-# ------------------------ main: toy digits (toy: toy_reward.py)
+# ---------------- main: toy digits (toy: toy_reward.py)
 def parse(argv):
     """The command line -> (arguments, Settings)."""
     parser = argparse.ArgumentParser(
@@ -555,6 +556,7 @@ def make_base(toy, data, size, seed, device):
 
 
 def save(toy, path, world, base, model, schedule):
+    """Write a base.pt or cogrpo.pt, all of it or nothing."""
     saved = {"size": asdict(world.size), "world": world.state_dict(), "base": base.state_dict(),
              "model": model.state_dict(), "schedule": schedule.state_dict()}
     toy.save_whole(path, lambda temporary: torch.save(saved, temporary))

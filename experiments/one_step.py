@@ -32,14 +32,14 @@ def the_step(path, t=1, T=4, c=3):
 
 
 def ranks(step):
-    """(rank from 1, position) of five: the first two, the last kept, the next, the last."""
+    """(rank from 1, position) of four: the first, the last kept, the next, the last."""
     order = step.confidence[0].argsort(descending=True).tolist()
     kept, masked = int(step.filled.sum()), int(step.masked.sum())
-    return [(rank, order[rank - 1]) for rank in (1, 2, kept, kept + 1, masked)]
+    return [(rank, order[rank - 1]) for rank in (1, kept, kept + 1, masked)]
 
 
 def table(step, log_p):
-    """The five of `ranks`, a line each."""
+    """The four of `ranks`, a line each."""
     lines = ["|rank|log p|+ tau_r * noise|= confidence|kept and scored|", "|---" * 5 + "|"]
     for rank, i in ranks(step):
         confidence = round(float(step.confidence[0, i]), 2)
@@ -94,7 +94,7 @@ def draw_step(path, world, step, after, scale=6):
         middle = (i % 7 + 0.5) * 4 * scale, (i // 7 + 0.5) * 4 * scale
         color = "white" if rank == masked.sum() else toy.INK
         toy.write_text(ImageDraw.Draw(ranked), middle, str(rank), 14, color, "mm")
-    boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored"),
+    boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored; the schedule\nsees how confident l_c is"),
              ("model p_theta", drawn, "a candidate for every [MASK]"),
              ("ranked", outlined(ranked, filled, scale, toy.INK),
               "bright, and rank: log p + tau_r * noise\nframed: kept   crossed: not masked"),
