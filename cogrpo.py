@@ -253,7 +253,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
-    # Where only l_u is BANNED, l_c - l_u is +1e30, and the token would always be drawn.
+    # Where only l_u is BANNED, l_c - l_u is +1e30: always drawn.
     return logits.masked_fill_(l_u <= BANNED, BANNED)
 
 
@@ -317,6 +317,8 @@ def sample(model, schedule, cond, T, tokens=None):
 def evaluate(reward_fn, tokens, cond):
     """R of each sample, float32 [B], on cond's device. UserError if not B numbers."""
     reward = reward_fn(tokens.clone(), cond.clone())
+    if reward is None:
+        raise UserError("reward_fn: returned None, no numbers")
     R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
     if R.shape != cond.shape[:1] or not R.isfinite().all():
         raise UserError(f"reward_fn: must return {len(cond)} numbers, none NaN or infinite")
@@ -353,7 +355,7 @@ def surrogate(log_p, old_log_p, advantage, clip):
 
 def categorical_kl(l_p, l_q):
     """KL(p || q) = 1 + sum_v p (log(p / q) - 1), of two logits [B, L, V]: [B, L]."""
-    # The 1s cancel. Without them, the gradient at p = q is rounding noise, which Adam enlarges.
+    # The 1s cancel. Without them the gradient at p = q is noise, which Adam enlarges.
     log_p, log_q = l_p.log_softmax(2), l_q.log_softmax(2)
     return 1 + (log_p.exp() * (log_p - log_q - 1)).sum(2)
 
@@ -440,12 +442,13 @@ def prepare(model, conds, s, schedule=None):
 
 def check_model(model, theta, conds, s):
     """Refuse a model whose logits differ for two equal rows, or do not reach its weights."""
-    tokens = torch.full((2, model.seq_len), model.mask_id, device=conds.device)
     try:
-        l_c, l_u = cond_uncond(model, tokens, conds[[0, 0]])
-    except (LookupError, RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"model: {error}; no conds, or wrong mask_id or null_cond?") from error
-    logits = guided_logits(l_c, l_u, l_c.new_ones(2))
+        cond = torch.cat([conds[[0]], conds[:s.groups]])  # the first twice
+        tokens = torch.full((len(cond), model.seq_len), model.mask_id, device=conds.device)
+        l_c, l_u = cond_uncond(model, tokens, cond)
+        logits = guided_logits(l_c, l_u, l_c.new_ones(len(cond)))
+    except Exception as error:  # whatever a model raises
+        raise UserError(f"model: {error}; are conds, mask_id and null_cond right?") from error
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
     if logits.requires_grad:
@@ -482,7 +485,7 @@ def iterate(i, state, reward_fn, conds, s):
     metrics["groups_equal"] = (reward.amax(1) == reward.amin(1)).to(reward).mean()
     metrics = {name: float(x) for name, x in metrics.items()}
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"iteration {i}: NaN or infinity; lower lr or schedule_lr, check the model")
+        raise UserError(f"iteration {i}: NaN or infinity; lower lr, schedule_lr, beta?")
     return metrics, rollouts
 
 
@@ -521,7 +524,7 @@ def parse(argv):
     source = toy.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="DIR", help="MNIST's folder, or: drawn")
     source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt: start from its base")
-    toy.add_argument("--out", metavar="DIR", default="out", help="of the results (out)")
+    toy.add_argument("--out", metavar="DIR", default="out", help="out, out-quick, out-load")
     toy.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                      metavar="NAME", help="cpu, cuda, cuda:1, ...")
     toy.add_argument("--quick", action="store_true", help="a small world, 10 iterations")
@@ -534,7 +537,7 @@ def parse(argv):
         parser.set_defaults(iters=10, out="out-quick")
     if args.load:
         parser.set_defaults(out="out-load")
-    args = parser.parse_args(argv)  # again: new defaults for what is not given
+    args = parser.parse_args(argv)  # again, with these defaults
     try:
         args.device = torch.zeros(1, device=args.device).device
     except (RuntimeError, AssertionError):
@@ -556,7 +559,7 @@ def make_base(toy, data, size, seed, device):
 
 
 def save(toy, path, world, base, model, schedule):
-    """Write a base.pt or cogrpo.pt, all of it or nothing."""
+    """Write a base.pt or cogrpo.pt, whole or not at all."""
     saved = {"size": asdict(world.size), "world": world.state_dict(), "base": base.state_dict(),
              "model": model.state_dict(), "schedule": schedule.state_dict()}
     toy.save_whole(path, lambda temporary: torch.save(saved, temporary))
@@ -624,15 +627,15 @@ def run(toy, args, s):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
         metrics["held_out"] = float(p.mean())  # only measured
         if metrics["iter"] % 10 == 9:
-            save(toy, out / "cogrpo.pt", world, base, learner, schedule)
-
+            save(toy, out / "unfinished.pt", world, base, learner, schedule)
     if s.iters > 0:
         print(f"2. Co-GRPO, after {time.time() - start:.0f} s")
-        if (out / "cogrpo.pt").exists():
-            os.replace(out / "cogrpo.pt", out / "cogrpo.pt.old")
         conds = torch.arange(toy.CLASSES, device=device)
         model, schedule, log = train(base, world.reward, conds, s, on_iteration)
-        save(toy, out / "cogrpo.pt", world, base, model, schedule)
+        save(toy, out / "unfinished.pt", world, base, model, schedule)
+        if (out / "cogrpo.pt").exists():
+            os.replace(out / "cogrpo.pt", out / "cogrpo.pt.old")
+        os.replace(out / "unfinished.pt", out / "cogrpo.pt")
         toy.write_csv(out / "log.csv", log)
         toy.draw_curves(out / "curves.png", log)
     print(f"3. measuring, after {time.time() - start:.0f} s")
@@ -646,7 +649,7 @@ def main(argv=None):
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        print("\nstopped; --load takes base.pt and cogrpo.pt, where written", file=sys.stderr)
+        print("\nstopped; for --load: base.pt, unfinished.pt", file=sys.stderr)
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

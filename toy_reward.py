@@ -455,7 +455,8 @@ def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230)
     draw = ImageDraw.Draw(page)
     left, right, top, bottom = 104, 2 * width - 32, 10, 2 * height - 72
     xs, ys = [sum((list(line[k]) for line in lines), []) for k in (0, 1)]
-    room = 0.08 * (max(ys) - min(ys)) or 0.1 * abs(ys[0]) or 1.0
+    xs += ticks or ()
+    room = 0.08 * (max(ys) - min(ys)) or max(0.1 * abs(ys[0]), 0.001)
     high = max(ys) + room
     low = min(ys) - room if low is None else low
     wide = (max(xs) - min(xs)) * (1.2 if labels else 1) or 1  # room for the labels
@@ -495,8 +496,7 @@ def draw_schedule(path, by_hand, learned):
         low, mid, high = [learned[steps, :, j].quantile(q, 1).tolist() for q in (.05, .5, .95)]
         lines = [(steps + steps[::-1], low + high[::-1], PALE, 0),
                  (steps, by_hand[steps, j].tolist(), GREY, 6), (steps, mid, BLUE, 2)]
-        ticks = {t: str(t) for t in steps} if T <= 12 else None
-        charts[names[j]] = chart("t", lines, 0, ticks)
+        charts[names[j]] = chart("t", lines, 0, {t: str(t) for t in range(0, T, 1 + T // 13)})
     legend = "grey: hand-made      blue: learned (median)      pale: 5 to 95% of the canvases"
     save_whole(path, page_of(charts, 2, legend).save)
 

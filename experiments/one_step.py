@@ -1,6 +1,6 @@
 """One real step with numbers, and as a picture: what is drawn, what is kept, what is scored.
 
-    python -m experiments.one_step out/base.pt      prints a table, draws assets/one_step.png
+    python -m experiments.one_step out/base.pt      prints a table, draws one_step.png
 
 out/base.pt is what `python cogrpo.py` leaves. It is step t = 1 of T = 4, of condition 3 and seed 0.
 """
@@ -94,7 +94,8 @@ def draw_step(path, world, step, after, scale=6):
         middle = (i % 7 + 0.5) * 4 * scale, (i // 7 + 0.5) * 4 * scale
         color = "white" if rank == masked.sum() else toy.INK
         toy.write_text(ImageDraw.Draw(ranked), middle, str(rank), 14, color, "mm")
-    boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored; the schedule\nsees how confident l_c is"),
+    boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, 
+              "a_t is scored; the schedule\nsees how confident l_c is"),
              ("model p_theta", drawn, "a candidate for every [MASK]"),
              ("ranked", outlined(ranked, filled, scale, toy.INK),
               "bright, and rank: log p + tau_r * noise\nframed: kept   crossed: not masked"),
@@ -127,7 +128,7 @@ def draw_step(path, world, step, after, scale=6):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("base", help="a base.pt of cogrpo.py")
-    parser.add_argument("--out", default="assets/one_step.png", help="where the picture goes")
+    parser.add_argument("--out", default="one_step.png", help="where the picture goes")
     args = parser.parse_args(argv)
     world, step, log_p, after = the_step(args.base)
     left = [int(cogrpo.hand_made(t, 4)[0] * 49 + 1e-3) for t in range(4)]

@@ -341,12 +341,13 @@ def test_a_model_that_breaks_the_contract_is_refused(change, words):
 @pytest.mark.filterwarnings("ignore")
 def test_ids_out_of_range_and_missing_conditions_are_refused():
     for name in ("mask_id", "null_cond"):
-        model = a_model().cpu()
-        setattr(model, name, 99)
-        with pytest.raises(UserError, match="wrong mask_id or null_cond"):
-            train(model, likes_large, torch.arange(3), Settings(iters=1))
-    for wrong in ([], [0.0, 1.0], [[0], [1]]):
-        with pytest.raises(UserError, match="no conds"):
+        for value in (99, "none"):
+            model = a_model().cpu()
+            setattr(model, name, value)
+            with pytest.raises(UserError, match="are conds, mask_id and null_cond right"):
+                train(model, likes_large, torch.arange(3), Settings(iters=1))
+    for wrong in ([], [0.0, 1.0], [[0], [1]], [0, 99], torch.arange(0)):
+        with pytest.raises(UserError, match="are conds, mask_id and null_cond right"):
             train(a_model().cpu(), likes_large, wrong, Settings(iters=1))
 
 
@@ -356,6 +357,11 @@ def test_ids_out_of_range_and_missing_conditions_are_refused():
 def test_a_reward_that_is_not_one_finite_number_a_sample_is_refused(reward):
     with pytest.raises(UserError, match="reward_fn: must return 12 numbers"):
         trained(reward=reward)
+
+
+def test_a_forgotten_return_of_the_reward_is_named():
+    with pytest.raises(UserError, match="reward_fn: returned None"):
+        trained(reward=lambda x, c: None)
 
 
 def test_settings_that_cannot_be_are_refused_by_name():

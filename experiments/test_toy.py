@@ -272,7 +272,7 @@ def test_quick_alone_makes_the_world_small(monkeypatch, tmp_path):
 
 
 def test_a_run_keeps_the_result_that_it_would_overwrite_and_saves_on_its_way(small, monkeypatch):
-    """cogrpo.pt is there after ten iterations, an older one is cogrpo.pt.old, base.pt before."""
+    """unfinished.pt is there after ten iterations, an older cogrpo.pt stays until the end."""
     Path("out-quick").mkdir()
     Path("out-quick/cogrpo.pt").write_text("an older result")
     seen = []
@@ -286,10 +286,14 @@ def test_a_run_keeps_the_result_that_it_would_overwrite_and_saves_on_its_way(sma
     with pytest.raises(SystemExit) as stopped:
         cogrpo.main([*SMALL, "--iters=20"])
     assert stopped.value.code == 130
-    assert seen[0] == {"base.pt", "cogrpo.pt.old"} and "cogrpo.pt" in seen[11]
-    assert Path("out-quick/cogrpo.pt.old").read_text() == "an older result"
-    world, base, model, _ = cogrpo.load(toy, "out-quick/cogrpo.pt", torch.device(DEVICE))
+    assert seen[0] == {"base.pt", "cogrpo.pt"}
+    assert seen[11] == {"base.pt", "cogrpo.pt", "unfinished.pt"}
+    assert Path("out-quick/cogrpo.pt").read_text() == "an older result"
+    world, base, model, _ = cogrpo.load(toy, "out-quick/unfinished.pt", torch.device(DEVICE))
     assert not torch.equal(weights(base), weights(model))
+    cogrpo.main([*SMALL, "--iters=1"])
+    assert Path("out-quick/cogrpo.pt.old").read_text() == "an older result"
+    assert not Path("out-quick/unfinished.pt").exists()
 
 
 def test_what_is_given_counts_under_quick_too(monkeypatch):
