@@ -104,7 +104,7 @@ class MDM(nn.Module):
         self.token = nn.Embedding(vocab_size + 1, dim)
         self.cond = nn.Embedding(num_conds + 1, dim)
         self.position = nn.Parameter(0.02 * torch.randn(seq_len, dim))
-        # bias=False: torch's no_grad kernel rounds otherwise, KL(model || its copy) would not be 0.
+        # With biases, no_grad has a kernel that rounds differently: KL(model || its copy) > 0.
         layer = nn.TransformerEncoderLayer(
             dim, heads, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
         nn.init.zeros_(layer.self_attn.out_proj.weight)  # A block changes nothing at first:
@@ -172,7 +172,7 @@ def constrain(action):
 
 
 def unconstrain(values):
-    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 have none, and move by 1e-6."""
+    """The inverse of `constrain`, of four floats: [4]. 0 and r = 1 have none: moved by 1e-6."""
     x = torch.tensor(values, dtype=torch.float64)
     r, positive = x[:1].logit(eps=1e-6), x[1:].clamp(min=1e-6)
     return torch.cat([r, positive + (-torch.expm1(-positive)).log()])  # log(e^x - 1)
@@ -217,7 +217,7 @@ class Schedule(nn.Module):
         u = torch.full_like(observation[:, :1], (t + 1) / T)
         residual = self.residual(torch.cat([observation, u], 1).to(self.residual[0].weight))
         by_hand = unconstrain(values).to(residual).expand_as(residual)  # [B, 4]
-        p_phi = Normal(by_hand + residual, self.std, validate_args=False)  # `iterate` reports NaN
+        p_phi = Normal(by_hand + residual, self.std, validate_args=False)  # `iterate` checks
         return p_phi, Normal(by_hand, self.std, validate_args=False)
 
 
@@ -253,7 +253,7 @@ def guided_logits(l_c, l_u, w):
     if l_u is None:
         return l_c
     logits = l_c + w[:, None, None] * (l_c - l_u)
-    # Where only l_u is BANNED, l_c - l_u is +1e30: always drawn.
+    # Where only l_u is BANNED, l_c - l_u is +1e30, and would always be drawn.
     return logits.masked_fill_(l_u <= BANNED, BANNED)
 
 
@@ -451,8 +451,8 @@ def check_model(model, theta, conds, s):
         raise UserError(f"model: {error}; are conds, mask_id and null_cond right?") from error
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
-    if logits.requires_grad:
-        logits.sum().backward()  # `update` clears the gradients
+    if logits.requires_grad:  # do gradients reach the weights?
+        logits.sum().backward()
     if s.optimize != "schedule" and all(p.grad is None for p in theta):
         raise UserError("model: no gradients: frozen, detached, or another model's weights?")
 
@@ -493,7 +493,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     """Co-GRPO: `settings.iters` iterations from a pretrained model.
 
     model(tokens int64 [B, L], cond [B, ...]) -> logits [B, L, V], with the attributes seq_len,
-    mask_id and null_cond (None: no guidance). It is only put in eval mode.
+    mask_id and null_cond (None: no guidance). It is not changed, only put in eval mode.
     reward_fn(tokens int64 [B, L], cond [B, ...]) -> B numbers.
     conds [C, ...]: the conditions of the groups, in turn, on the model's device.
     on_iteration(metrics, learner, schedule, rollouts): called after each. schedule: see `prepare`.
@@ -566,7 +566,7 @@ def save(toy, path, world, base, model, schedule):
 
 
 def load(toy, path, device):
-    """(world, base, model, schedule) of a base.pt or cogrpo.pt. Training starts from base."""
+    """(world, base, model, schedule) of a base.pt or cogrpo.pt. Training needs base alone."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         size, state = toy.Size(**saved["size"]), saved["world"]
