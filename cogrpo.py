@@ -54,12 +54,12 @@ from tqdm import tqdm
 
 BANNED = -1e30  # logit of a token that is never drawn: finite, since 0 * -inf is NaN
 
-# ---------------- settings
+# ------------ settings
 class UserError(ValueError):
     """What the user can put right: the command line prints it without a traceback."""
 
 
-def setting(default, help, low=0, high=math.inf):
+def setting(default, help, low=0, high=10 ** 9):
     """A field of Settings with its help text and its range."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
@@ -75,7 +75,7 @@ class Settings:
     epochs: int = setting(1, "updates on each rollout", low=1)
     lr: float = setting(2e-3, "learning rate of the model, falling to 0", high=1)
     schedule_lr: float = setting(2e-2, "learning rate of the schedule, falling to 0", high=1)
-    clip: float = setting(0.2, "PPO: no gain from ratios outside 1 - clip .. 1 + clip")
+    clip: float = setting(0.2, "PPO: no gain from ratios outside 1 - clip .. 1 + clip", high=1)
     beta: float = setting(4.0, "weight of KL(model || pretrained)")
     schedule_beta: float = setting(0.05, "weight of KL(schedule || hand-made)")
     action_std: float = setting(0.3, "std of a_t before sigmoid and softplus", low=1e-6)
@@ -91,7 +91,7 @@ class Settings:
                 raise UserError(f"{f.name}={value!r}: must be {f.type.__name__} in {low}..{high}")
 
 
-# ---------------- the masked diffusion model, p_theta
+# ------------ the masked diffusion model, p_theta
 class MDM(nn.Module):
     """A small masked diffusion model: tokens int64 [B, L], cond int64 [B] -> logits [B, L, V].
 
@@ -123,7 +123,7 @@ class MDM(nn.Module):
 def logits_of(model, tokens, cond):
     """Any model's logits [B, L, V] in float32 at least. [MASK] and tokens at -inf are BANNED."""
     if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        raise UserError("torch.autocast around the loop misses updates: use it in forward()")
+        raise UserError("torch.autocast around the loop misses updates: use it in forward")
     logits = model(tokens.clone(), cond.clone())  # the model may write into them
     if not torch.is_tensor(logits) or logits.shape[:-1] != tokens.shape:
         raise UserError("model: must return its logits, one tensor [B, L, V]")
@@ -159,7 +159,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     return loss.item()
 
 
-# ---------------- the scheduling policy, p_phi
+# ------------ the scheduling policy, p_phi
 def hand_made(t, T):
     """MaskGIT's usual schedule: (r, tau_s, tau_r, w) at step t = 0..T-1."""
     u = (t + 1) / T
@@ -221,7 +221,7 @@ class Schedule(nn.Module):
         return p_phi, Normal(by_hand, self.std, validate_args=False)
 
 
-# ---------------- trajectory collection
+# ------------ trajectory collection
 @dataclass
 class Step:
     """What happened to B samples in step t of T."""
@@ -309,10 +309,10 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
 
 def sample(model, schedule, cond, T, tokens=None):
     """`rollout` with the mean action: samples int64 [B, L] for cond [B, ...]."""
-    return rollout(model, schedule, cond, T, tokens, explore=False)[0]
+    return rollout(model, schedule, torch.as_tensor(cond), T, tokens, explore=False)[0]
 
 
-# ---------------- group advantage
+# ------------ group advantage
 @torch.no_grad()
 def evaluate(reward_fn, tokens, cond):
     """R of each sample, float32 [B], on cond's device. UserError if not B numbers."""
@@ -321,7 +321,7 @@ def evaluate(reward_fn, tokens, cond):
         raise UserError("reward_fn: returned None, no numbers")
     R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
     if R.shape != cond.shape[:1] or not R.isfinite().all():
-        raise UserError(f"reward_fn: must return {len(cond)} numbers, none NaN or infinite")
+        raise UserError(f"reward_fn: must return {len(cond)} finite numbers, not {tuple(R.shape)}")
     return R.detach()
 
 
@@ -333,7 +333,7 @@ def group_advantage(reward, group_size):
     return ((R - R.mean(1, keepdim=True)) / std).masked_fill(equal, 0).flatten()
 
 
-# ---------------- policy likelihood
+# ------------ policy likelihood
 def model_likelihood(l_c, l_u, step):
     """log p_theta(candidate | a_t, x_t, c) = log softmax(logits / tau_s)[candidate]: [B, L]."""
     _, tau_s, _, w = constrain(step.action).unbind(1)
@@ -346,7 +346,7 @@ def schedule_likelihood(p_phi, step):
     return (p_phi.log_prob(step.action) * step.has_effect).sum(1)
 
 
-# ---------------- policy optimization (s: Settings)
+# ------------ policy optimization (s: Settings)
 def surrogate(log_p, old_log_p, advantage, clip):
     """PPO: min(ratio A-hat, clip(ratio, 1 - clip, 1 + clip) A-hat)."""
     ratio = (log_p - old_log_p).exp()
@@ -422,7 +422,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
     return metrics
 
 
-# ---------------- training
+# ------------ training
 def prepare(model, conds, s, schedule=None):
     """What the iterations start from: (learner, schedule, reference, optimizer).
 
@@ -431,7 +431,7 @@ def prepare(model, conds, s, schedule=None):
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    learner = copy.deepcopy(model, memo=shared).eval()  # what is in memo is not copied
+    learner = copy.deepcopy(model, memo=shared).eval()  # memo: not copied
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner, theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
@@ -447,7 +447,7 @@ def check_model(model, theta, conds, s):
         tokens = torch.full((len(cond), model.seq_len), model.mask_id, device=conds.device)
         l_c, l_u = cond_uncond(model, tokens, cond)
         logits = guided_logits(l_c, l_u, l_c.new_ones(len(cond)))
-    except Exception as error:  # whatever a model raises
+    except (AttributeError, LookupError, RuntimeError, TypeError, AssertionError) as error:
         raise UserError(f"model: {error}; are conds, mask_id and null_cond right?") from error
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
@@ -513,7 +513,7 @@ def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, sched
     return learner, schedule, log
 
 
-# ---------------- main: toy digits (toy: toy_reward.py)
+# ------------ main: toy digits (toy: toy_reward.py)
 def parse(argv):
     """The command line -> (arguments, Settings)."""
     parser = argparse.ArgumentParser(
@@ -523,7 +523,7 @@ def parse(argv):
     toy = parser.add_argument_group("toy digits and files")
     source = toy.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="DIR", help="MNIST's folder, or: drawn")
-    source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt: start from its base")
+    source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt, instead of --data")
     toy.add_argument("--out", metavar="DIR", default="out", help="out, out-quick, out-load")
     toy.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                      metavar="NAME", help="cpu, cuda, cuda:1, ...")
@@ -559,7 +559,7 @@ def make_base(toy, data, size, seed, device):
 
 
 def save(toy, path, world, base, model, schedule):
-    """Write a base.pt or cogrpo.pt, whole or not at all."""
+    """Write the file whole or not at all."""
     saved = {"size": asdict(world.size), "world": world.state_dict(), "base": base.state_dict(),
              "model": model.state_dict(), "schedule": schedule.state_dict()}
     toy.save_whole(path, lambda temporary: torch.save(saved, temporary))
@@ -649,7 +649,7 @@ def main(argv=None):
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        print("\nstopped; for --load: base.pt, unfinished.pt", file=sys.stderr)
+        print("\nstopped; what was saved is in --out", file=sys.stderr)
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

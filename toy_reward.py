@@ -14,7 +14,6 @@ import csv
 import io
 import itertools
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -119,8 +118,8 @@ def download(root):
         with tempfile.TemporaryDirectory(prefix=".mnist-", dir=".") as folder:
             subprocess.run([sys.executable, "-c", FETCH, folder], capture_output=True, check=True,
                            timeout=DOWNLOAD_SECONDS)
-            os.makedirs(root, exist_ok=True)
-            os.replace(Path(folder) / "MNIST", Path(root) / "MNIST")
+            Path(root).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / "MNIST").replace(Path(root) / "MNIST")
     except subprocess.TimeoutExpired:
         return f"no MNIST within {DOWNLOAD_SECONDS} s"
     except (subprocess.CalledProcessError, OSError):
@@ -344,7 +343,7 @@ def save_whole(path, write):
         with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
             part = Path(folder) / path.name
             write(part)
-            os.replace(part, path)
+            part.replace(path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         raise UserError(f"--out: {path} cannot be written ({error})") from None
 
@@ -407,11 +406,12 @@ def page_of(pictures, columns, legend=""):
 
 
 def draw_samples(path, films, world):
-    """The last two films in pairs of rows, then the first, then real digits."""
-    many, few, ours = [film[-1][:40].view(4, CLASSES, -1) for _, film in films]
-    real = [world.test_tokens[world.test_labels == c][:4] for c in range(CLASSES)]
-    pairs = f"rows 1, 3: {films[1][0]}; 2, 4: {films[2][0]}, same seeds: do strokes join?"
-    blocks = {pairs: torch.stack([few, ours], 1)[:2], films[0][0]: many,
+    """The last two films in pairs of rows of equal seeds, then the first, then real digits."""
+    many, few, ours = [film[-1][:20].view(2, CLASSES, -1) for _, film in films]
+    above = f"above: {films[1][0]}, below: {films[2][0]}, same seeds"
+    one, other = torch.stack([few, ours], 1)  # each [2, C, 49]
+    real = [world.test_tokens[world.test_labels == c][:2] for c in range(CLASSES)]
+    blocks = {above + ": do strokes join?": one, above: other, films[0][0]: many,
               "real digits, through the codebook": torch.stack(real, 1)}
     pictures = {caption: canvas_picture(tokens.reshape(-1, SEQ_LEN), world.codebook, CLASSES, 2)
                 for caption, tokens in blocks.items()}
@@ -513,8 +513,8 @@ def draw_curves(path, log):
     for name, caption in CURVES.items():
         x = [i for i, row in enumerate(log) if name in row]
         y = [log[i][name] for i in x]
-        near = np.exp(-np.square(np.subtract.outer(x, x) / (0.5 + len(x) / 25)))
         if x:
+            near = np.exp(-np.square(np.subtract.outer(x, x) / (0.5 + len(x) / 25)))
             bold = y if name.startswith("kl") else list(near @ y / near.sum(1))
             charts[caption] = chart("iteration", [(x, y, GREY, 1), (x, bold, BLUE, 3)])
     save_whole(path, page_of(charts, 2, "grey: each iteration   blue: smoothed, not the KLs").save)

@@ -348,7 +348,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_the_old_file(small, capsys, mon
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(toy.os, "replace", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(ValueError, match="results.csv cannot be written .*No space left"):
         toy.write_csv(Path("results.csv"), [{"a": 1}])
     assert Path("results.csv").read_text() == "old" and len(list(Path(".").iterdir())) == 1
