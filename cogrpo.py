@@ -7,7 +7,6 @@ steps one Markov decision process, and trains model and schedule on the reward o
 
     canvas x_t ----> model p_theta ----> l_c, l_u ----> schedule p_phi
      ^                                     |               |
-     |                                     v               v
      |          a candidate for every [MASK] <---- a_t = (r, tau_s, tau_r, w)
      |                                     |
      +---- x_{t+1} <---- the most confident are kept
@@ -293,7 +292,7 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
         rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the best
 
-        # 4. The best are kept, at least one, until only r are masked. The last step keeps all.
+        # 4. The best are kept, at least one, until a fraction r is masked. The last step keeps all.
         left = (r * masked_at_start + 1e-3).floor()  # 2.9999 is 3
         keep = (masked.sum(1) - left).clamp(min=1)  # [B]
         last = t == T - 1
@@ -318,10 +317,10 @@ def evaluate(reward_fn, tokens, cond):
     """R of each sample, float32 [B], on cond's device. UserError if not B numbers."""
     reward = reward_fn(tokens.clone(), cond.clone())
     if reward is None:
-        raise UserError("reward_fn: returned None, no numbers")
+        raise UserError("reward_fn: returned None")
     R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
     if R.shape != cond.shape[:1] or not R.isfinite().all():
-        raise UserError(f"reward_fn: must return {len(cond)} finite numbers, not {tuple(R.shape)}")
+        raise UserError(f"reward_fn: must return {len(cond)} finite numbers, shape [{len(cond)}]")
     return R.detach()
 
 
@@ -427,7 +426,7 @@ def prepare(model, conds, s, schedule=None):
     """What the iterations start from: (learner, schedule, reference, optimizer).
 
     The model becomes the KL's reference and does not change. The learner is a copy of it that
-    shares its frozen parameters. schedule: one to start from, which keeps its own std.
+    shares its frozen parameters. schedule: one to start from, with its own std. `iterate` sets lr.
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
@@ -435,8 +434,7 @@ def prepare(model, conds, s, schedule=None):
     theta = [p for p in learner.parameters() if p.requires_grad]
     check_model(learner, theta, conds, s)
     schedule = copy.deepcopy(schedule or Schedule(std=s.action_std)).to(conds.device)
-    phi = list(schedule.parameters())
-    optimizer = torch.optim.Adam([{"params": theta}, {"params": phi}])  # `iterate` sets lr
+    optimizer = torch.optim.Adam([{"params": theta}, {"params": list(schedule.parameters())}])
     return learner, schedule, model, optimizer
 
 
@@ -525,8 +523,8 @@ def parse(argv):
     source.add_argument("--data", metavar="DIR", help="MNIST's folder, or: drawn")
     source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt, instead of --data")
     toy.add_argument("--out", metavar="DIR", default="out", help="out, out-quick, out-load")
-    toy.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                     metavar="NAME", help="cpu, cuda, cuda:1, ...")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    toy.add_argument("--device", choices=devices, default=devices[0])
     toy.add_argument("--quick", action="store_true", help="a small world, 10 iterations")
     method = parser.add_argument_group("Co-GRPO")
     for f in fields(Settings):
@@ -537,11 +535,7 @@ def parse(argv):
         parser.set_defaults(iters=10, out="out-quick")
     if args.load:
         parser.set_defaults(out="out-load")
-    args = parser.parse_args(argv)  # again, with these defaults
-    try:
-        args.device = torch.zeros(1, device=args.device).device
-    except (RuntimeError, AssertionError):
-        parser.error(f"--device {args.device}: not here; cpu, cuda, cuda:1, ...?")
+    args = parser.parse_args(argv)  # with these defaults
     args.out = Path(args.out).expanduser()
     return args, Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
 
@@ -559,7 +553,7 @@ def make_base(toy, data, size, seed, device):
 
 
 def save(toy, path, world, base, model, schedule):
-    """Write the file whole or not at all."""
+    """Write a whole file or none."""
     saved = {"size": asdict(world.size), "world": world.state_dict(), "base": base.state_dict(),
              "model": model.state_dict(), "schedule": schedule.state_dict()}
     toy.save_whole(path, lambda temporary: torch.save(saved, temporary))
@@ -626,13 +620,12 @@ def run(toy, args, s):
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
         metrics["held_out"] = float(p.mean())  # only measured
-        if metrics["iter"] % 10 == 9:
+        if metrics["iter"] % 10 == 9 or metrics["iter"] == s.iters - 1:
             save(toy, out / "unfinished.pt", world, base, learner, schedule)
     if s.iters > 0:
         print(f"2. Co-GRPO, after {time.time() - start:.0f} s")
         conds = torch.arange(toy.CLASSES, device=device)
         model, schedule, log = train(base, world.reward, conds, s, on_iteration)
-        save(toy, out / "unfinished.pt", world, base, model, schedule)
         if (out / "cogrpo.pt").exists():
             os.replace(out / "cogrpo.pt", out / "cogrpo.pt.old")
         os.replace(out / "unfinished.pt", out / "cogrpo.pt")

@@ -318,7 +318,7 @@ def test_what_is_given_counts_under_quick_too(monkeypatch):
     (["--load=other.pt"], "--load other.pt: not there, or no base.pt"),
     (["--load=file", "--data=drawn"], "--data: not allowed with argument --load"),
     (["--frobnicate"], "--frobnicate"), (["--seed=-1"], "seed=-1"),
-    (["--device=tpu"], "--device tpu"), (["--micro-groups=-1"], "micro_groups=-1")])
+    (["--device=tpu"], "--device: invalid choice"), (["--micro-groups=-1"], "micro_groups=-1")])
 def test_bad_input_ends_in_one_line_and_status_2(flags, words, small, capsys):
     """argparse puts its line of usage before."""
     Path("empty").mkdir()
