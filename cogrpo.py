@@ -609,7 +609,7 @@ def run(toy, args, s):
     toy.make_folder(out)
     if args.load is None:
         print("1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute; figures mean nothing"
-              if args.quick else "four minutes on two cores, seven on one")
+              if args.quick else "five minutes on two cores, eight on one")
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
         model, schedule = base, Schedule().to(device)
