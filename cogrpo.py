@@ -139,6 +139,8 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     tokens int64 [N, L], cond [N, ...]. A row's tokens are masked with probability
     cos(pi U / 2), U uniform. A fraction `drop` of cond becomes null, for guidance.
     """
+    if cond.dim() == 1 and model.null_cond in cond.tolist():
+        raise UserError(f"cond: {model.null_cond} is the null condition; more num_conds?")
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     for _ in tqdm(range(steps), "pretraining", disable=None):
@@ -468,7 +470,7 @@ def iterate(i, state, reward_fn, conds, s):
     which, batch = s.optimize, i
     if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
         which, batch = ("model", "schedule")[i % 2], i // 2
-    picked = (torch.arange(s.groups) + batch * s.groups) % len(conds)  # the next ones
+    picked = (torch.arange(s.groups) + batch * s.groups) % len(conds)
     rollouts, rewards = [], []
     for c in conds[picked].split(s.micro_groups or s.groups):
         cond = c.detach().repeat_interleave(s.group_size, 0)  # [B, ...]
@@ -571,7 +573,8 @@ def load(toy, path, device):
             module.load_state_dict(saved[name])
         return modules
     except Exception:  # torch.load fails in many ways
-        raise UserError(f"--load {path}: not there, or no base.pt or cogrpo.pt") from None
+        why = "no base.pt or cogrpo.pt" if os.path.isfile(path) else "no such file"
+        raise UserError(f"--load {path}: {why}") from None
 
 
 def report(toy, out, world, base, model, schedule, s):
@@ -608,7 +611,7 @@ def run(toy, args, s):
     out, device, start = args.out, args.device, time.time()
     toy.make_folder(out)
     if args.load is None:
-        print("1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute; figures mean nothing"
+        print("1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute"
               if args.quick else "five minutes on two cores, eight on one")
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
@@ -616,6 +619,8 @@ def run(toy, args, s):
         save(toy, out / "base.pt", world, base, model, schedule)
     else:
         world, base, model, schedule = load(toy, args.load, device)
+    if world.size == toy.QUICK:
+        print("a small world: its figures mean nothing")
 
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])

@@ -517,4 +517,4 @@ def draw_curves(path, log):
             near = np.exp(-np.square(np.subtract.outer(x, x) / (0.5 + len(x) / 25)))
             bold = y if name.startswith("kl") else list(near @ y / near.sum(1))
             charts[caption] = chart("iteration", [(x, y, GREY, 1), (x, bold, BLUE, 3)])
-    save_whole(path, page_of(charts, 2, "grey: each iteration   blue: smoothed, not the KLs").save)
+    save_whole(path, page_of(charts, 2, "grey: each iteration     blue: smoothed (KLs: as they are)").save)

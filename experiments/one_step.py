@@ -95,7 +95,7 @@ def draw_step(path, world, step, after, scale=6):
         color = "white" if rank == masked.sum() else toy.INK
         toy.write_text(ImageDraw.Draw(ranked), middle, str(rank), 14, color, "mm")
     boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored"),
-             ("model p_theta", drawn, "a candidate for every [MASK]"),
+             ("candidates", drawn, "drawn from p_theta"),
              ("ranked", outlined(ranked, filled, scale, toy.INK),
               "bright, and rank: log p + tau_r * noise\nframed: kept   crossed: not masked"),
              ("next canvas", outlined(then, filled, scale, SCORED), "filled tokens are scored")]

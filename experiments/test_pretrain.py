@@ -27,7 +27,7 @@ class Recorder(nn.Module):
 def test_pretraining_shows_masks_by_the_law_and_never_the_answer():
     """With p = cos(pi U / 2) for each row, any position alike; what is not masked is the data."""
     torch.manual_seed(0)
-    model, data = Recorder(), torch.randint(4, (300, 10))
+    model, data = Recorder(null_cond=300), torch.randint(4, (300, 10))
     cogrpo.pretrain(model, data, torch.arange(300), steps=200, batch=64, drop=0.0)
     tokens = torch.cat([tokens for tokens, _ in model.shown])
     row = torch.cat([cond for _, cond in model.shown])  # the condition says which row it was
@@ -55,6 +55,8 @@ def test_pretraining_drops_a_tenth_of_the_conditions():
         assert float(dropped.float().mean()) == pytest.approx(wanted, abs=0.02)
         assert null is None or (seen[dropped] == torch.as_tensor(null)).all()
         assert not cond.any()  # the data stay as they are
+    with pytest.raises(cogrpo.UserError, match="7 is the null condition"):  # one class too many
+        cogrpo.pretrain(Recorder(), torch.randint(4, (8, 10)), torch.arange(8), steps=1)
 
 
 def test_pretraining_loss_and_gradient_are_of_this_batchs_hidden_tokens_alone():
