@@ -55,7 +55,7 @@ BANNED = -1e30  # logit of a token that is never drawn: finite, since 0 * -inf i
 
 # ------------ settings
 class UserError(ValueError):
-    """What the user can put right: the command line prints it without a traceback."""
+    """What the user can put right. main prints it without a traceback."""
 
 
 def setting(default, help, low=0, high=10 ** 9):
@@ -429,6 +429,7 @@ def prepare(model, conds, s, schedule=None):
 
     The model becomes the KL's reference and does not change. The learner is a copy of it that
     shares its frozen parameters. schedule: one to start from, with its own std. `iterate` sets lr.
+    To resume, load the saved state_dicts of learner, schedule and optimizer.
     """
     torch.manual_seed(s.seed)
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
