@@ -65,7 +65,7 @@ def setting(default, help, low=0, high=10 ** 9):
 
 @dataclass
 class Settings:
-    """Settings of Co-GRPO; each is a flag of the command line, too."""
+    """Settings of Co-GRPO; each is a flag of the command line."""
     optimize: str = setting("joint", "joint, alternate (paper), model or schedule")
     steps: int = setting(4, "T, decoding steps of a sample", low=1)
     iters: int = setting(50, "iterations: a rollout and its updates; 0 only measures")
@@ -84,7 +84,7 @@ class Settings:
     def __post_init__(self):
         if self.optimize not in ("joint", "alternate", "model", "schedule"):
             raise UserError(f"optimize={self.optimize}: joint, alternate, model or schedule?")
-        for f in fields(self)[1:]:  # all but optimize
+        for f in fields(self)[1:]:  # not optimize
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if not isinstance(value, (f.type, int)) or not low <= value <= high:
                 raise UserError(f"{f.name}={value!r}: must be {f.type.__name__} in {low}..{high}")
