@@ -30,7 +30,7 @@ steps one Markov decision process, and trains model and schedule on the reward o
 From the paper's abstract, page and figure: the decision process, the two policies and their
 likelihoods, the four numbers of a_t, the group advantage, updates of theta and phi in turns.
 From AdaNAT and AdaGen: sigmoid and softplus, a residual on the hand-made schedule that starts at 0.
-Ours: joint updates (the page calls them unstable), the Gaussian's fixed std, what the schedule
+Ours: joint updates (the page calls them unstable), a fixed std, what the schedule
 observes, one ratio a token and one an action, both KLs, the scale of the losses, the toy world.
 The page links the authors' code, which we could not reach: nothing was checked against it.
 """
@@ -73,7 +73,7 @@ class Settings:
     group_size: int = setting(12, "G, samples in a group", low=2)
     epochs: int = setting(1, "updates on each rollout", low=1)
     lr: float = setting(2e-3, "learning rate of the model, falling to 0", high=1)
-    schedule_lr: float = setting(2e-2, "learning rate of the schedule, falling to 0", high=1)
+    schedule_lr: float = setting(2e-2, "the schedule's learning rate", high=1)
     clip: float = setting(0.2, "PPO: no gain from ratios outside 1 - clip .. 1 + clip", high=1)
     beta: float = setting(4.0, "weight of KL(model || pretrained)")
     schedule_beta: float = setting(0.05, "weight of KL(schedule || hand-made)")
@@ -92,7 +92,7 @@ class Settings:
 
 # ------------ the masked diffusion model, p_theta
 class MDM(nn.Module):
-    """A small masked diffusion model: tokens int64 [B, L], cond int64 [B] -> logits [B, L, V].
+    """A small MDM: tokens int64 [B, L], cond int64 [B] -> logits [B, L, V].
 
     Tokens are 0..V-1 and [MASK] is V. Conditions are 0..C-1 and the null condition is C.
     """
@@ -139,8 +139,8 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     tokens int64 [N, L], cond [N, ...]. A row's tokens are masked with probability
     cos(pi U / 2), U uniform. A fraction `drop` of cond becomes null, for guidance.
     """
-    if cond.dim() == 1 and model.null_cond in cond.tolist():
-        raise UserError(f"cond: {model.null_cond} is the null condition; more num_conds?")
+    if (tokens == model.mask_id).any() or (cond.dim() == 1 and model.null_cond in cond.tolist()):
+        raise UserError("tokens or cond: contain the model's mask_id or null_cond")
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     for _ in tqdm(range(steps), "pretraining", disable=None):
@@ -236,7 +236,7 @@ class Step:
     candidate: torch.Tensor    # a token drawn for every position, int64 [B, L]
     confidence: torch.Tensor   # what ranks the candidates, [B, L]
     filled: torch.Tensor       # where the candidate was kept, bool [B, L]
-    # Log-probs under the weights of the rollout. The first epoch of `update` fills them in.
+    # Log-probs under the rollout's weights. The first epoch of `update` fills them in.
     old_log_theta: torch.Tensor = None  # [B, L]
     old_log_phi: torch.Tensor = None    # [B]
 
@@ -322,7 +322,8 @@ def evaluate(reward_fn, tokens, cond):
         raise UserError("reward_fn: returned None")
     R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
     if R.shape != cond.shape[:1] or not R.isfinite().all():
-        raise UserError(f"reward_fn: must return {len(cond)} finite numbers, shape [{len(cond)}]")
+        got = f"{R.isfinite().sum()} in {list(R.shape)}"
+        raise UserError(f"reward_fn: needs {len(cond)} finite numbers, got {got}")
     return R.detach()
 
 
@@ -493,7 +494,7 @@ def iterate(i, state, reward_fn, conds, s):
 def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, schedule=None):
     """Co-GRPO: `settings.iters` iterations from a pretrained model.
 
-    model(tokens int64 [B, L], cond [B, ...]) -> logits [B, L, V], with the attributes seq_len,
+    model(tokens int64 [B, L], cond [B, ...]) -> logits [B, L, V], with seq_len,
     mask_id and null_cond (None: no guidance). It is not changed, only put in eval mode.
     reward_fn(tokens int64 [B, L], cond [B, ...]) -> B numbers.
     conds [C, ...]: the conditions of the groups, in turn, on the model's device.
@@ -524,7 +525,7 @@ def parse(argv):
     toy = parser.add_argument_group("toy digits and files")
     source = toy.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="DIR", help="MNIST's folder, or: drawn")
-    source.add_argument("--load", metavar="FILE", help="base.pt or cogrpo.pt, instead of --data")
+    source.add_argument("--load", metavar="FILE", help="base.pt, cogrpo.pt or unfinished.pt")
     toy.add_argument("--out", metavar="DIR", default="out", help="out, out-quick, out-load")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     toy.add_argument("--device", choices=devices, default=devices[0])
@@ -563,7 +564,7 @@ def save(toy, path, world, base, model, schedule):
 
 
 def load(toy, path, device):
-    """(world, base, model, schedule) of a base.pt or cogrpo.pt. Training needs base alone."""
+    """(world, base, model, schedule) of a saved file. Training needs base alone."""
     try:
         saved = torch.load(path, map_location=device, weights_only=True)
         size, state = toy.Size(**saved["size"]), saved["world"]
@@ -574,8 +575,8 @@ def load(toy, path, device):
             module.load_state_dict(saved[name])
         return modules
     except Exception:  # torch.load fails in many ways
-        why = "no base.pt or cogrpo.pt" if os.path.isfile(path) else "no such file"
-        raise UserError(f"--load {path}: {why}") from None
+        kind = "base.pt or cogrpo.pt" if os.path.isfile(path) else "file"
+        raise UserError(f"--load {path}: is not a {kind}") from None
 
 
 def report(toy, out, world, base, model, schedule, s):
@@ -620,8 +621,6 @@ def run(toy, args, s):
         save(toy, out / "base.pt", world, base, model, schedule)
     else:
         world, base, model, schedule = load(toy, args.load, device)
-    if world.size == toy.QUICK:
-        print("a small world: its figures mean nothing")
 
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
@@ -629,7 +628,7 @@ def run(toy, args, s):
         if metrics["iter"] % 10 == 9 or metrics["iter"] == s.iters - 1:
             save(toy, out / "unfinished.pt", world, base, learner, schedule)
     if s.iters > 0:
-        print(f"2. Co-GRPO, after {time.time() - start:.0f} s")
+        print(f"2. Co-GRPO from the base model, after {time.time() - start:.0f} s")
         conds = torch.arange(toy.CLASSES, device=device)
         model, schedule, log = train(base, world.reward, conds, s, on_iteration)
         if (out / "cogrpo.pt").exists():
@@ -639,6 +638,8 @@ def run(toy, args, s):
         toy.draw_curves(out / "curves.png", log)
     print(f"3. measuring, after {time.time() - start:.0f} s")
     report(toy, out, world, base, model, schedule, s)
+    if world.size == toy.QUICK:
+        print("\nThe figures of a small world mean nothing.")
     print(f"\nlook at samples.png and decoding.gif in {out}/, after {time.time() - start:.0f} s")
 
 
@@ -648,7 +649,7 @@ def main(argv=None):
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        print("\nstopped; what was saved is in --out", file=sys.stderr)
+        print("\nstopped; --load takes base.pt or unfinished.pt, if written", file=sys.stderr)
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

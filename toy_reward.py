@@ -227,10 +227,10 @@ def train_reward_model(model, tokens, labels, codebook, epochs, batch=128):
     optimizer = torch.optim.Adam(model.parameters())
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, epochs=epochs,
                                                steps_per_epoch=math.ceil(len(tokens) / batch))
-    for _ in range(epochs):
+    for epoch in range(epochs):
         false, false_labels = splice(tokens, labels, codebook)
         shuffled = torch.randperm(len(tokens), device=tokens.device)
-        for rows in tqdm(shuffled.split(batch), "reward model", unit="step", disable=None):
+        for rows in tqdm(shuffled.split(batch), f"classifier, epoch {epoch}", disable=None):
             images = decode(torch.cat([tokens[rows], false[rows]]), codebook)
             target = torch.cat([labels[rows], false_labels[rows]])
             loss = F.cross_entropy(model(images), target)
@@ -397,7 +397,7 @@ def page_of(pictures, columns, legend=""):
     bottom = math.ceil(len(pictures) / columns) * h + 10
     page = Image.new("RGB", (columns * w + 10, bottom + (24 if legend else 0)), "white")
     draw = ImageDraw.Draw(page)
-    write_text(draw, (60, bottom), legend)
+    write_text(draw, (14, bottom), legend)
     for i, (caption, picture) in enumerate(pictures.items()):
         x, y = 10 + i % columns * w, 10 + i // columns * h
         page.paste(picture, (x, y + 24))
@@ -432,7 +432,7 @@ def draw_decoding(path, films, world):
         pictures = {f"{name}, step {t} of {T} (blue: [MASK])":
                     canvas_picture(film[t][rows], world.codebook, 5, 3)
                     for (name, film), rows in zip(films, shown)}
-        rule = "on each side, of five samples a digit the one of median held-out p(c | image)"
+        rule = "of five samples of each digit: the one whose held-out p(c | image) is the median"
         frames.append(page_of(pictures, len(films), rule).quantize(64))
     duration = [min(1000, max(100, 4000 // T))] * T + [4000]  # milliseconds
     save_whole(path, lambda part: frames[0].save(part, save_all=True, loop=0, duration=duration,

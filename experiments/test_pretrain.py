@@ -55,8 +55,10 @@ def test_pretraining_drops_a_tenth_of_the_conditions():
         assert float(dropped.float().mean()) == pytest.approx(wanted, abs=0.02)
         assert null is None or (seen[dropped] == torch.as_tensor(null)).all()
         assert not cond.any()  # the data stay as they are
-    with pytest.raises(cogrpo.UserError, match="7 is the null condition"):  # one class too many
-        cogrpo.pretrain(Recorder(), torch.randint(4, (8, 10)), torch.arange(8), steps=1)
+    for vocab, classes in ((4, 8), (5, 7)):  # one too many: 4 is mask_id, 7 the null condition
+        tokens, cond = torch.arange(80).view(8, 10) % vocab, torch.arange(8) % classes
+        with pytest.raises(cogrpo.UserError, match="contain the model's mask_id or null_cond"):
+            cogrpo.pretrain(Recorder(), tokens, cond, steps=1)
 
 
 def test_pretraining_loss_and_gradient_are_of_this_batchs_hidden_tokens_alone():

@@ -355,7 +355,7 @@ def test_ids_out_of_range_and_missing_conditions_are_refused():
     lambda x, c: torch.zeros(len(x), 1), lambda x, c: torch.full((len(x),), math.nan),
     lambda x, c: [0.0] * (len(x) - 1), lambda x, c: 0.0])
 def test_a_reward_that_is_not_one_finite_number_a_sample_is_refused(reward):
-    with pytest.raises(UserError, match="reward_fn: must return 12 finite numbers"):
+    with pytest.raises(UserError, match="reward_fn: needs 12 finite numbers, got"):
         trained(reward=reward)
 
 
