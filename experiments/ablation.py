@@ -331,9 +331,11 @@ def draw_frontier(path, figures):
         x, y = [point[0] for point in points], [point[1] for point in points]
         lines.append((x, y, toy.BLUE if arm == "joint" else toy.GREY, 2))
         labels.append((x[-1], y[-1], f"{arm}, T = {at}"))
+        if arm == "joint":  # above the line, from the left: the coldest first
+            labels += [(a, b + 0.03, f"x {factor}") for a, b, factor in zip(x, y, sorted(COLDER))]
     if lines:
         picture = toy.chart("diversity", lines, labels=labels, width=840, height=500)
-        title = "held-out p(c | image), tau_s x 1 (right) to x 0.4 (left): up and right is better"
+        title = "held-out p(c | image), every tau_s multiplied by 1 to 0.4: up and right is better"
         toy.save_whole(path, toy.page_of({title: picture}, 1).save)
 
 
