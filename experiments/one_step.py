@@ -40,7 +40,7 @@ def ranks(step):
 
 def table(step, log_p):
     """The four of `ranks`, a line each."""
-    lines = ["|rank|log p|+ tau_r * noise|= confidence|kept and scored|", "|---" * 5 + "|"]
+    lines = ["|rank|ranking log p|+ tau_r * noise|= confidence|kept|", "|---" * 5 + "|"]
     for rank, i in ranks(step):
         confidence = round(float(step.confidence[0, i]), 2)
         noise = confidence - round(float(log_p[i]), 2)
