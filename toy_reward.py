@@ -503,7 +503,7 @@ def draw_schedule(path, by_hand, learned):
 
 CURVES = {"reward": "mean reward of the rollouts, log p(c | image)",
           "held_out": "held-out p(c | image) of the rollouts",
-          "kl_model": "KL(model || pretrained), nats per token, all steps",
+          "kl_model": "KL(l_c || pretrained l_c), nats per token, all steps",
           "kl_schedule": "KL(schedule || hand-made), nats per step"}
 
 
