@@ -29,7 +29,7 @@ steps one Markov decision process, and trains model and schedule on the reward o
 
 From the paper's abstract, page and figure: the decision process, the two policies and their
 likelihoods, the four numbers of a_t, the group advantage, updates of theta and phi in turns.
-From AdaNAT and AdaGen: sigmoid and softplus, a residual on the hand-made schedule that starts at 0.
+From AdaNAT and AdaGen: sigmoid and softplus, a residual that starts at 0.
 Ours: joint updates (the page calls them unstable), a fixed std, what the schedule
 observes, one ratio a token and one an action, both KLs, the scale of the losses, the toy world.
 The page links the authors' code, which we could not reach: nothing was checked against it.
@@ -139,8 +139,9 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     tokens int64 [N, L], cond [N, ...]. A row's tokens are masked with probability
     cos(pi U / 2), U uniform. A fraction `drop` of cond becomes null, for guidance.
     """
-    if (tokens == model.mask_id).any() or (cond.dim() == 1 and model.null_cond in cond.tolist()):
-        raise UserError("tokens or cond: contain the model's mask_id or null_cond")
+    if (len(tokens) != len(cond) or (tokens == model.mask_id).any()
+            or (cond.dim() == 1 and model.null_cond in cond.tolist())):
+        raise UserError("pretrain: unequal rows, mask_id in tokens, or null_cond in cond")
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     for _ in tqdm(range(steps), "pretraining", disable=None):
@@ -198,8 +199,7 @@ class Schedule(nn.Module):
 
     The residual's last layer starts at zero, so a new Schedule is the hand-made one. Its inputs
     are the observation and u = (t + 1) / T, so a schedule trained at one T runs at any other.
-    hand_made(t, T) returns r, tau_s, tau_r, w, four floats. The state_dict lacks hand_made and
-    std: load it into a Schedule with the same.
+    hand_made(t, T) returns r, tau_s, tau_r, w. It and std are not in the state_dict.
     """
 
     def __init__(self, hand_made=hand_made, std=0.3, hidden=32):
@@ -418,7 +418,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
                     loss, kl = schedule_loss(schedule, step, advantage, s)
                     (loss / B).backward()
                     metrics["kl_schedule"] += kl / B
-        for name, group in zip(("model", "schedule"), optimizer.param_groups):  # each to norm 1
+        for name, group in zip(("model", "schedule"), optimizer.param_groups):
             metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()  # a policy without gradients stays
     return metrics
@@ -445,6 +445,8 @@ def prepare(model, conds, s, schedule=None):
 def check_model(model, theta, conds, s):
     """Refuse a model whose logits differ for two equal rows, or do not reach its weights."""
     try:
+        if conds.dim() == 1 and model.null_cond in conds.tolist():
+            raise UserError(f"conds: {model.null_cond} is the null condition")
         cond = torch.cat([conds[[0]], conds[:s.groups]])  # the first twice
         tokens = torch.full((len(cond), model.seq_len), model.mask_id, device=conds.device)
         l_c, l_u = cond_uncond(model, tokens, cond)
@@ -522,11 +524,11 @@ def parse(argv):
         usage="cogrpo.py [flags]", formatter_class=argparse.RawTextHelpFormatter,
         epilog="train again:     cogrpo.py --load out/base.pt --lr 1e-3 --out lr\n"
                "measure, T = 8:  cogrpo.py --load out/cogrpo.pt --iters 0 --steps 8 --out T8")
-    toy = parser.add_argument_group("toy digits and files")
+    toy = parser.add_argument_group("toy and files")
     source = toy.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="DIR", help="MNIST's folder, or: drawn")
-    source.add_argument("--load", metavar="FILE", help="base.pt, cogrpo.pt or unfinished.pt")
-    toy.add_argument("--out", metavar="DIR", default="out", help="out, out-quick, out-load")
+    source.add_argument("--load", metavar="FILE", help="a .pt: trains its base model")
+    toy.add_argument("--out", metavar="DIR", default="out", type=Path, help="or out-quick, out-load (out)")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     toy.add_argument("--device", choices=devices, default=devices[0])
     toy.add_argument("--quick", action="store_true", help="a small world, 10 iterations")
@@ -539,8 +541,7 @@ def parse(argv):
         parser.set_defaults(iters=10, out="out-quick")
     if args.load:
         parser.set_defaults(out="out-load")
-    args = parser.parse_args(argv)  # with these defaults
-    args.out = Path(args.out).expanduser()
+    args = parser.parse_args(argv)  # again
     return args, Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)})
 
 
@@ -584,9 +585,8 @@ def report(toy, out, world, base, model, schedule, s):
     T, device = s.steps, world.codebook.device
     by_hand = Schedule().to(device)
     cond = torch.arange(world.size.eval_samples, device=device) % toy.CLASSES
-    trained = s.optimize if s.iters else "loaded"
     arms = [("hand-made T=32", base, by_hand, 32), (f"hand-made T={T}", base, by_hand, T),
-            (f"{trained} T={T}", model, schedule, T)]
+            (f"{s.optimize if s.iters else 'loaded'} T={T}", model, schedule, T)]
     rows, films = [], []
     for name, m, p, steps in arms:
         torch.manual_seed(s.seed)
@@ -595,7 +595,7 @@ def report(toy, out, world, base, model, schedule, s):
         tokens = torch.cat([tokens for tokens, _ in results])
         rows.append(world.measure(tokens, cond, name, passes=2 * steps))
         first_tokens, trajectory = results[0]
-        films.append((name, [step.canvas for step in trajectory] + [first_tokens]))  # [50, 49]
+        films.append((name, [step.canvas for step in trajectory] + [first_tokens]))
     rows.append(world.measure_real())
     toy.write_csv(out / "results.csv", rows)
     toy.draw_samples(out / "samples.png", films, world)
@@ -613,7 +613,7 @@ def run(toy, args, s):
     out, device, start = args.out, args.device, time.time()
     toy.make_folder(out)
     if args.load is None:
-        print("1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute"
+        print(f"to {out}/: 1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute"
               if args.quick else "five minutes on two cores, eight on one")
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
@@ -640,7 +640,7 @@ def run(toy, args, s):
     report(toy, out, world, base, model, schedule, s)
     if world.size == toy.QUICK:
         print("\nThe figures of a small world mean nothing.")
-    print(f"\nlook at samples.png and decoding.gif in {out}/, after {time.time() - start:.0f} s")
+    print(f"\nsee samples.png and decoding.gif in {out}/, after {time.time() - start:.0f} s")
 
 
 def main(argv=None):
@@ -649,7 +649,7 @@ def main(argv=None):
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        print("\nstopped; --load takes base.pt or unfinished.pt, if written", file=sys.stderr)
+        print("\nstopped; by --load, train base.pt or measure unfinished.pt", file=sys.stderr)
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

@@ -572,7 +572,7 @@ def test_alternate_takes_turns_on_the_same_conditions():
         seen.append((weights(model), weights(schedule)))
         conditions[metrics["iter"] % 2].update(rollouts[0][2].tolist())
     settings = Settings(optimize="alternate", iters=4, groups=2, group_size=4, steps=2)
-    train(a_model(), likes_large, conds(4, 4), settings, watch, a_schedule())
+    train(a_model(num_conds=4), likes_large, conds(4, 4), settings, watch, a_schedule())
     turns = [[not torch.equal(a, b) for a, b in zip(seen[i], seen[i + 1])] for i in range(3)]
     assert turns == [[False, True], [True, False], [False, True]]
     assert conditions == {0: {0, 1, 2, 3}, 1: {0, 1, 2, 3}}

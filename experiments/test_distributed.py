@@ -31,7 +31,7 @@ def one_of_two(rank, folder):
     with pytest.raises(UserError, match="must be a multiple"):
         distributed.train(a_model().cpu(), likes_large, torch.arange(4), Settings(groups=3))
     # other weights in each process, one a column slice, and an expanded buffer: rank 0's count
-    model = a_model(seed=rank).cpu()
+    model = a_model(num_conds=4, seed=rank).cpu()
     wide = torch.randn(16, 8, dtype=torch.float64)
     model.head.weight = nn.Parameter(wide.T[:5])
     model.register_buffer("noise", torch.full((1,), float(rank)).expand(3))

@@ -349,6 +349,8 @@ def test_ids_out_of_range_and_missing_conditions_are_refused():
     for wrong in ([], [0.0, 1.0], [[0], [1]], [0, 99], torch.arange(0)):
         with pytest.raises(UserError, match="are conds, mask_id and null_cond right"):
             train(a_model().cpu(), likes_large, wrong, Settings(iters=1))
+    with pytest.raises(UserError, match="conds: 3 is the null condition"):
+        train(a_model().cpu(), likes_large, torch.arange(4), Settings(iters=1))
 
 
 @pytest.mark.parametrize("reward", [
