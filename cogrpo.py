@@ -318,9 +318,10 @@ def sample(model, schedule, cond, T, tokens=None):
 def evaluate(reward_fn, tokens, cond):
     """R of each sample, float32 [B], on cond's device. UserError if not B numbers."""
     reward = reward_fn(tokens.clone(), cond.clone())
-    if reward is None:
-        raise UserError("reward_fn: returned None")
-    R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
+    try:
+        R = torch.as_tensor(reward, dtype=torch.float32, device=cond.device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"reward_fn: returned a {type(reward).__name__}, not numbers") from error
     if R.shape != cond.shape[:1] or not R.isfinite().all():
         got = f"{R.isfinite().sum()} in {list(R.shape)}"
         raise UserError(f"reward_fn: needs {len(cond)} finite numbers, got {got}")
@@ -372,7 +373,7 @@ def model_loss(model, reference, step, cond, advantage, s):
     L = model.seq_len
     l_c, l_u = cond_uncond(model, step.canvas, cond)
     log_p = model_likelihood(l_c, l_u, step)  # [B, L]
-    if step.old_log_theta is None:  # first epoch: the rollout's weights
+    if step.old_log_theta is None:
         step.old_log_theta = log_p.detach()
     gain = surrogate(log_p, step.old_log_theta, advantage[:, None], s.clip) * step.filled
     with torch.no_grad():
@@ -400,9 +401,8 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
 
         loss = mean over samples of sum_t [ loss_theta + loss_phi ]
 
-    No gradient goes through the generation. Each step is scored on its own, and its graph freed
-    before the next. rollouts: the samples in one part or more (micro_groups), each a tuple
-    (tokens, trajectory, cond, advantage). Returns metrics of the last epoch.
+    Each step is scored on its own, and its graph freed before the next. rollouts: the samples in
+    parts, each a tuple (tokens, trajectory, cond, advantage). Returns metrics of the last epoch.
     """
     B = sum(len(tokens) for tokens, _, _, _ in rollouts)
     for _ in range(s.epochs):
@@ -452,7 +452,7 @@ def check_model(model, theta, conds, s):
         l_c, l_u = cond_uncond(model, tokens, cond)
         logits = guided_logits(l_c, l_u, l_c.new_ones(len(cond)))
     except (AttributeError, LookupError, RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"model: {error}; are conds, mask_id and null_cond right?") from error
+        raise UserError(f"model: {error}; are conds, seq_len, mask_id, null_cond right?") from error
     if not torch.allclose(logits[0], logits[1], 1e-3, 1e-3):
         raise UserError("model: its logits are NaN, or differ for equal rows: dropout?")
     if logits.requires_grad:  # do gradients reach the weights?
@@ -489,7 +489,7 @@ def iterate(i, state, reward_fn, conds, s):
     metrics["groups_equal"] = (reward.amax(1) == reward.amin(1)).to(reward).mean()
     metrics = {name: float(x) for name, x in metrics.items()}
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"iteration {i}: NaN or infinity; lower lr, schedule_lr, beta?")
+        raise UserError(f"iteration {i}: NaN or infinity; lower lr, schedule_lr, beta? raise std?")
     return metrics, rollouts
 
 
@@ -527,11 +527,11 @@ def parse(argv):
     toy = parser.add_argument_group("toy and files")
     source = toy.add_mutually_exclusive_group()
     source.add_argument("--data", metavar="DIR", help="MNIST's folder, or: drawn")
-    source.add_argument("--load", metavar="FILE", help="a .pt: trains its base model")
-    toy.add_argument("--out", metavar="DIR", default="out", type=Path, help="or out-quick, out-load (out)")
+    source.add_argument("--load", metavar="FILE", help="trains its base model, to out-load")
+    toy.add_argument("--out", metavar="DIR", default="out", type=Path, help="default: out")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     toy.add_argument("--device", choices=devices, default=devices[0])
-    toy.add_argument("--quick", action="store_true", help="a small world, 10 iterations")
+    toy.add_argument("--quick", action="store_true", help="a small world, to out-quick")
     method = parser.add_argument_group("Co-GRPO")
     for f in fields(Settings):
         method.add_argument("--" + f.name.replace("_", "-"), type=f.type, default=f.default,
@@ -552,8 +552,7 @@ def make_base(toy, data, size, seed, device):
     torch.manual_seed(seed)
     world, tokens, labels = toy.build_world(train_set, test_set, size, device)
     base = MDM(toy.SEQ_LEN, size.codebook_size, toy.CLASSES, size.dim, size.depth).to(device)
-    loss = pretrain(base, tokens, labels, size.pretrain_steps, size.pretrain_batch)
-    print(f"pretrained: loss {loss:.2f}")
+    pretrain(base, tokens, labels, size.pretrain_steps, size.pretrain_batch)
     return world, base
 
 
@@ -645,11 +644,12 @@ def run(toy, args, s):
 
 def main(argv=None):
     import toy_reward as toy  # the method does not need it
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        print("\nstopped; by --load, train base.pt or measure unfinished.pt", file=sys.stderr)
+        print("\nstopped; if there, --load trains base.pt, measures unfinished.pt", file=sys.stderr)
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

@@ -173,8 +173,7 @@ def fit_codebook(images, size, rounds=15, sample=60000):
 
 def encode(images, codebook):
     """images float [B, 28, 28] -> tokens int64 [B, 49]: the nearest entry for each patch."""
-    chunks = images.split(1000)
-    return torch.cat([torch.cdist(patches(chunk), codebook[None]).argmin(2) for chunk in chunks])
+    return torch.cat([torch.cdist(patches(x), codebook[None]).argmin(2) for x in images.split(500)])
 
 
 def decode(tokens, codebook):
@@ -419,20 +418,19 @@ def draw_samples(path, films, world):
 
 
 def draw_decoding(path, films, world):
-    """Canvases that fill up, animated: of five samples of a class the one of median held-out p.
+    """Canvases that fill up, animated: of five seeds of a class the one of median held-out p.
 
     films: [(name, [canvas [N, 49] after 0..T steps])], the classes 0..9 in turn.
     """
-    frames, shown, T = [], [], len(films[0][1]) - 1
+    frames, T = [], len(films[0][1]) - 1
     digits = torch.arange(CLASSES, device=world.codebook.device)
-    for _, film in films:
-        held_out = world.held_out(film[-1][:50], digits.repeat(5)).view(5, CLASSES)
-        shown.append(held_out.median(0).indices * CLASSES + digits)
+    p = sum(world.held_out(film[-1][:50], digits.repeat(5)) for _, film in films)
+    rows = p.view(5, CLASSES).median(0).indices * CLASSES + digits
     for t in range(T + 1):
         pictures = {f"{name}, step {t} of {T} (blue: [MASK])":
                     canvas_picture(film[t][rows], world.codebook, 5, 3)
-                    for (name, film), rows in zip(films, shown)}
-        rule = "of five samples of each digit: the one whose held-out p(c | image) is the median"
+                    for name, film in films}
+        rule = "same seeds; of five samples a digit, the one of median held-out p, over both sides"
         frames.append(page_of(pictures, len(films), rule).quantize(64))
     duration = [min(1000, max(100, 4000 // T))] * T + [4000]  # milliseconds
     save_whole(path, lambda part: frames[0].save(part, save_all=True, loop=0, duration=duration,
@@ -440,12 +438,12 @@ def draw_decoding(path, films, world):
 
 
 def round_numbers(low, high):
-    """About four round numbers between low and high."""
+    """About four round numbers from low to high, or to the next one above."""
     step = 10 ** math.floor(math.log10((high - low) / 2))
     for factor in (2, 2.5):
         if (high - low) / step > 5:
             step *= factor
-    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    return [i * step for i in range(math.ceil(low / step), math.ceil(high / step - 1e-9) + 1)]
 
 
 def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230):
@@ -457,18 +455,20 @@ def chart(xlabel, lines, low=None, ticks=None, labels=(), width=420, height=230)
     xs, ys = [sum((list(line[k]) for line in lines), []) for k in (0, 1)]
     xs += ticks or ()
     room = 0.08 * (max(ys) - min(ys)) or max(0.1 * abs(ys[0]), 0.001)
-    high = max(ys) + room
     low = min(ys) - room if low is None else low
+    numbers = round_numbers(low, max(ys))
+    high = max(numbers[-1], max(ys) + room)
     wide = (max(xs) - min(xs)) * (1.2 if labels else 1) or 1  # room for the labels
 
     def at(x, y):
         return (left + (right - left) * (x - min(xs)) / wide,
                 bottom - (bottom - top) * (y - low) / (high - low))
 
-    for y in round_numbers(low, high):
+    for y in numbers:
         draw.line([left, at(0, y)[1], right, at(0, y)[1]], (230, 230, 230), 2)
         write_text(draw, (left - 12, at(0, y)[1]), f"{y:.4g}", 22, GREY, "rm")
-    ticks = ticks or {x: f"{x:.4g}" for x in round_numbers(min(xs), min(xs) + wide)}
+    end = min(xs) + wide
+    ticks = ticks or {x: f"{x:.4g}" for x in round_numbers(min(xs), end) if x <= end}
     for x, label in ticks.items():
         write_text(draw, (at(x, low)[0], bottom + 8), label, 22, GREY, "ma")
     write_text(draw, (right, bottom + 36), xlabel, 22, GREY, "ra")
@@ -517,4 +517,4 @@ def draw_curves(path, log):
             near = np.exp(-np.square(np.subtract.outer(x, x) / (0.5 + len(x) / 25)))
             bold = y if name.startswith("kl") else list(near @ y / near.sum(1))
             charts[caption] = chart("iteration", [(x, y, GREY, 1), (x, bold, BLUE, 3)])
-    save_whole(path, page_of(charts, 2, "grey: each iteration     blue: smoothed (KLs: as they are)").save)
+    save_whole(path, page_of(charts, 2, "grey: each iteration    blue: smoothed (KLs: raw)").save)

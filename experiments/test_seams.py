@@ -344,10 +344,10 @@ def test_ids_out_of_range_and_missing_conditions_are_refused():
         for value in (99, "none"):
             model = a_model().cpu()
             setattr(model, name, value)
-            with pytest.raises(UserError, match="are conds, mask_id and null_cond right"):
+            with pytest.raises(UserError, match="are conds, seq_len, mask_id, null_cond right"):
                 train(model, likes_large, torch.arange(3), Settings(iters=1))
     for wrong in ([], [0.0, 1.0], [[0], [1]], [0, 99], torch.arange(0)):
-        with pytest.raises(UserError, match="are conds, mask_id and null_cond right"):
+        with pytest.raises(UserError, match="are conds, seq_len, mask_id, null_cond right"):
             train(a_model().cpu(), likes_large, wrong, Settings(iters=1))
     with pytest.raises(UserError, match="conds: 3 is the null condition"):
         train(a_model().cpu(), likes_large, torch.arange(4), Settings(iters=1))
@@ -361,9 +361,12 @@ def test_a_reward_that_is_not_one_finite_number_a_sample_is_refused(reward):
         trained(reward=reward)
 
 
-def test_a_forgotten_return_of_the_reward_is_named():
-    with pytest.raises(UserError, match="reward_fn: returned None"):
+def test_a_reward_that_is_not_numbers_is_named():
+    """A forgotten return, and one that returns more than the reward."""
+    with pytest.raises(UserError, match="reward_fn: returned a NoneType, not numbers"):
         trained(reward=lambda x, c: None)
+    with pytest.raises(UserError, match="reward_fn: returned a tuple, not numbers"):
+        trained(reward=lambda x, c: (likes_large(x, c), {}))
 
 
 def test_settings_that_cannot_be_are_refused_by_name():
