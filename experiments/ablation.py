@@ -333,6 +333,7 @@ def draw_frontier(path, figures):
         labels.append((x[-1], y[-1], f"{arm}, T = {at}"))
         if arm == "joint":  # above the line, from the left: the coldest first
             labels += [(a, b + 0.03, f"x {factor}") for a, b, factor in zip(x, y, sorted(COLDER))]
+            lines.append(([x[-1]] * 20, list(np.linspace(0, y[-1], 20)), toy.PALE, 1))  # vertical
     if lines:
         picture = toy.chart("diversity", lines, labels=labels, width=840, height=500)
         title = "held-out p(c | image), every tau_s multiplied by 1 to 0.4: up and right is better"
