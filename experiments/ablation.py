@@ -332,7 +332,7 @@ def draw_frontier(path, figures):
         lines.append((x, y, toy.BLUE if arm == "joint" else toy.GREY, 2))
         labels.append((x[-1], y[-1], f"{arm}, T = {at}"))
         if at == 32:
-            labels.append((x[2], y[2] + 0.03, f"x {COLDER[1]}"))
+            labels.append((x[2], y[2] + 0.04, f"T = 32, x {COLDER[1]}"))
         if arm == "joint":  # above the line, from the left: the coldest first
             labels += [(a, b + 0.03, f"x {factor}") for a, b, factor in zip(x, y, sorted(COLDER))]
             lines.append(([x[-1]] * 20, list(np.linspace(0, y[-1], 20)), toy.PALE, 1))  # vertical
