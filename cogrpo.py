@@ -141,7 +141,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     """
     if (len(tokens) != len(cond) or (tokens == model.mask_id).any()
             or (cond.dim() == 1 and model.null_cond in cond.tolist())):
-        raise UserError("pretrain: unequal rows, mask_id in tokens, or null_cond in cond")
+        raise UserError(f"data: {len(tokens)} and {len(cond)} rows; mask_id or null_cond in them?")
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     for _ in tqdm(range(steps), "pretraining", disable=None):
@@ -420,7 +420,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
                     metrics["kl_schedule"] += kl / B
         for name, group in zip(("model", "schedule"), optimizer.param_groups):
             metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()  # a policy without gradients stays
+        optimizer.step()  # without gradients it stays
     return metrics
 
 
@@ -468,11 +468,11 @@ def iterate(i, state, reward_fn, conds, s):
     learner, schedule, reference, optimizer = state
     learner.eval()
     reference.eval()
-    torch.manual_seed(10 ** 6 * s.seed + i)  # so that a run can resume
+    torch.manual_seed(10 ** 6 * s.seed + i)  # so a run can resume
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
     which, batch = s.optimize, i
-    if s.optimize == "alternate":  # theta and phi in turns, on the same conditions
+    if s.optimize == "alternate":  # in turns, on the same conditions
         which, batch = ("model", "schedule")[i % 2], i // 2
     picked = (torch.arange(s.groups) + batch * s.groups) % len(conds)
     rollouts, rewards = [], []
@@ -489,11 +489,11 @@ def iterate(i, state, reward_fn, conds, s):
     metrics["groups_equal"] = (reward.amax(1) == reward.amin(1)).to(reward).mean()
     metrics = {name: float(x) for name, x in metrics.items()}
     if not all(map(math.isfinite, metrics.values())):
-        raise UserError(f"iteration {i}: NaN or infinity; lower lr, schedule_lr, beta? raise std?")
+        raise UserError(f"iteration {i}: NaN or infinity; lower lr, schedule_lr, beta? std?")
     return metrics, rollouts
 
 
-def train(model, reward_fn, conds, settings=Settings(), on_iteration=None, schedule=None):
+def train(model, reward_fn, conds, settings=Settings(), *, on_iteration=None, schedule=None):
     """Co-GRPO: `settings.iters` iterations from a pretrained model.
 
     model(tokens int64 [B, L], cond [B, ...]) -> logits [B, L, V], with seq_len,
@@ -575,8 +575,8 @@ def load(toy, path, device):
             module.load_state_dict(saved[name])
         return modules
     except Exception:  # torch.load fails in many ways
-        kind = "base.pt or cogrpo.pt" if os.path.isfile(path) else "file"
-        raise UserError(f"--load {path}: is not a {kind}") from None
+        why = "another file, or damaged" if os.path.isfile(path) else "no file"
+        raise UserError(f"--load {path}: {why}; give base.pt, cogrpo.pt, unfinished.pt") from None
 
 
 def report(toy, out, world, base, model, schedule, s):
@@ -600,7 +600,7 @@ def report(toy, out, world, base, model, schedule, s):
     toy.draw_samples(out / "samples.png", films, world)
     toy.draw_decoding(out / "decoding.gif", films[1:], world)
     before = torch.tensor([hand_made(t, T) for t in range(T)])  # [T, 4]
-    after = torch.stack([constrain(step.action) for step in trajectory])  # last arm: [T, 50, 4]
+    after = torch.stack([constrain(step.action) for step in trajectory])  # [T, 50, 4]
     toy.draw_schedule(out / "schedule.png", before, after.cpu())
     print(f"\n{toy.table(rows)}\n\nFrechet: less is better; passes: two a step, with and without c"
           "\n\nr, tau_s, tau_r, w, hand-made -> learned:")
@@ -623,13 +623,13 @@ def run(toy, args, s):
 
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
-        metrics["held_out"] = float(p.mean())  # only measured
+        metrics["held_out"] = float(p.mean())
         if metrics["iter"] % 10 == 9 or metrics["iter"] == s.iters - 1:
             save(toy, out / "unfinished.pt", world, base, learner, schedule)
     if s.iters > 0:
         print(f"2. Co-GRPO from the base model, after {time.time() - start:.0f} s")
         conds = torch.arange(toy.CLASSES, device=device)
-        model, schedule, log = train(base, world.reward, conds, s, on_iteration)
+        model, schedule, log = train(base, world.reward, conds, s, on_iteration=on_iteration)
         if (out / "cogrpo.pt").exists():
             os.replace(out / "cogrpo.pt", out / "cogrpo.pt.old")
         os.replace(out / "unfinished.pt", out / "cogrpo.pt")
@@ -649,7 +649,7 @@ def main(argv=None):
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        print("\nstopped; if there, --load trains base.pt, measures unfinished.pt", file=sys.stderr)
+        sys.stderr.write("\nstopped; --load base.pt trains, unfinished.pt --iters 0 measures\n")
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

@@ -504,7 +504,7 @@ def trained(model=None, hook=None, start=None, reward=likes_large, **more):
     """A short training: (model, schedule, log)."""
     model = model if model is not None else a_model()
     settings = Settings(**{"iters": 4, "steps": 2, "groups": 3, "group_size": 4, **more})
-    return train(model, reward, conds(3), settings, hook, start)
+    return train(model, reward, conds(3), settings, on_iteration=hook, schedule=start)
 
 
 @pytest.mark.parametrize("iters, more, touches", [
@@ -572,7 +572,8 @@ def test_alternate_takes_turns_on_the_same_conditions():
         seen.append((weights(model), weights(schedule)))
         conditions[metrics["iter"] % 2].update(rollouts[0][2].tolist())
     settings = Settings(optimize="alternate", iters=4, groups=2, group_size=4, steps=2)
-    train(a_model(num_conds=4), likes_large, conds(4, 4), settings, watch, a_schedule())
+    train(a_model(num_conds=4), likes_large, conds(4, 4), settings, on_iteration=watch,
+          schedule=a_schedule())
     turns = [[not torch.equal(a, b) for a, b in zip(seen[i], seen[i + 1])] for i in range(3)]
     assert turns == [[False, True], [True, False], [False, True]]
     assert conditions == {0: {0, 1, 2, 3}, 1: {0, 1, 2, 3}}
@@ -583,7 +584,7 @@ def test_groups_take_the_conditions_in_turn():
     seen = []
     settings = Settings(iters=3, groups=2, group_size=3, steps=1)
     train(a_model().cpu(), likes_large, [0, 1, 2], settings,
-          lambda *args: seen.append(args[3][0][2].tolist()))
+          on_iteration=lambda *args: seen.append(args[3][0][2].tolist()))
     assert seen == [[0, 0, 0, 1, 1, 1], [2, 2, 2, 0, 0, 0], [1, 1, 1, 2, 2, 2]]
 
 

@@ -219,16 +219,16 @@ def test_the_held_out_model_is_never_trained_on(small, monkeypatch):
     calls = []
     real = train
 
-    def spy(model, reward_fn, conds, settings, hook):
+    def spy(model, reward_fn, conds, settings, on_iteration):
         calls.append((reward_fn, conds))
         world = reward_fn.__self__
 
         def check(metrics, model, schedule, rollouts):
-            hook(metrics, model, schedule, rollouts)
+            on_iteration(metrics, model, schedule, rollouts)
             (tokens, _, cond, _), = rollouts
             p = world.log_prob(world.held_out_model, tokens, cond).exp()
             assert metrics["held_out"] == pytest.approx(float(p.mean()))
-        return real(model, reward_fn, conds, settings, check)
+        return real(model, reward_fn, conds, settings, on_iteration=check)
     monkeypatch.setattr(cogrpo, "train", spy)
     cogrpo.main(SMALL)
     (reward_fn, given), world = calls[0], calls[0][0].__self__
@@ -312,10 +312,10 @@ def test_what_is_given_counts_under_quick_too(monkeypatch):
     (["--data=sorted"], "train-\\* are not of MNIST .*of each digit"),
     (["--data=packed"], "unpacked"),
     (["--out=file/x"], "--out file/x"),
-    (["--load="], "--load : is not a file"),
-    (["--load=file"], "--load file: is not a base.pt"),
-    (["--load=none.pt"], "--load none.pt: is not a file"),
-    (["--load=other.pt"], "--load other.pt: is not a base.pt or cogrpo.pt"),
+    (["--load="], "--load : no file"),
+    (["--load=file"], "--load file: another file, or damaged"),
+    (["--load=none.pt"], "--load none.pt: no file; give base.pt"),
+    (["--load=other.pt"], "--load other.pt: another file"),
     (["--load=file", "--data=drawn"], "--data: not allowed with argument --load"),
     (["--frobnicate"], "--frobnicate"), (["--seed=-1"], "seed=-1"),
     (["--device=tpu"], "--device: invalid choice"), (["--micro-groups=-1"], "micro_groups=-1")])
