@@ -63,7 +63,7 @@ def setting(default, help, low=0, high=10 ** 9):
     return field(default=default, metadata={"help": help, "low": low, "high": high})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Settings:
     """Settings of Co-GRPO; each is a flag of the command line."""
     optimize: str = setting("joint", "joint, alternate (paper), model or schedule")
@@ -141,7 +141,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     """
     if (len(tokens) != len(cond) or (tokens == model.mask_id).any()
             or (cond.dim() == 1 and model.null_cond in cond.tolist())):
-        raise UserError(f"data: {len(tokens)} and {len(cond)} rows; mask_id or null_cond in them?")
+        raise UserError(f"has mask_id {model.mask_id}, null_cond {model.null_cond} or unequal rows")
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     for _ in tqdm(range(steps), "pretraining", disable=None):
@@ -292,7 +292,7 @@ def rollout(model, schedule, cond, T, tokens=None, explore=True):
         # 3. Masked positions are ranked by log-probability (without tau_s) plus noise.
         log_p = logits.log_softmax(2).gather(2, candidate[:, :, None])[:, :, 0]  # [B, L]
         confidence = (log_p + tau_r[:, None] * gumbel_like(log_p)).masked_fill(~masked, -math.inf)
-        rank = confidence.argsort(1, descending=True).argsort(1)  # 0 is the best
+        rank = confidence.argsort(1, descending=True).argsort(1)
 
         # 4. The best are kept, at least one, until a fraction r is masked. The last step keeps all.
         left = (r * masked_at_start + 1e-3).floor()  # 2.9999 is 3
@@ -624,7 +624,7 @@ def run(toy, args, s):
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
         metrics["held_out"] = float(p.mean())
-        if metrics["iter"] % 10 == 9 or metrics["iter"] == s.iters - 1:
+        if metrics["iter"] % 10 in (0, 9) or metrics["iter"] == s.iters - 1:
             save(toy, out / "unfinished.pt", world, base, learner, schedule)
     if s.iters > 0:
         print(f"2. Co-GRPO from the base model, after {time.time() - start:.0f} s")
@@ -649,7 +649,7 @@ def main(argv=None):
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        sys.stderr.write("\nstopped; --load base.pt trains, unfinished.pt --iters 0 measures\n")
+        print("\nstopped; saved:", *sorted(args.out.glob("*.pt")) or ["nothing"], file=sys.stderr)
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

@@ -329,7 +329,7 @@ def draw_frontier(path, figures):
         points = sorted((mean_of(figures[key], "diversity"), mean_of(figures[key], "held_out"))
                         for key in keys)
         x, y = [point[0] for point in points], [point[1] for point in points]
-        lines.append((x, y, toy.BLUE if arm == "joint" else toy.GREY, 2))
+        lines.append((x, y, toy.BLUE if arm == "joint" else toy.INK if at == 32 else toy.GREY, 2))
         labels.append((x[-1], y[-1], f"{arm}, T = {at}"))
         if at == 32:
             labels.append((x[2], y[2] + 0.04, f"T = 32, x {COLDER[1]}"))
