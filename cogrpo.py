@@ -141,7 +141,7 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     """
     if (len(tokens) != len(cond) or (tokens == model.mask_id).any()
             or (cond.dim() == 1 and model.null_cond in cond.tolist())):
-        raise UserError(f"has mask_id {model.mask_id}, null_cond {model.null_cond} or unequal rows")
+        raise UserError(f"data has mask {model.mask_id}, null {model.null_cond} or unequal rows")
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     for _ in tqdm(range(steps), "pretraining", disable=None):

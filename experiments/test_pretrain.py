@@ -57,7 +57,7 @@ def test_pretraining_drops_a_tenth_of_the_conditions():
         assert not cond.any()  # the data stay as they are
     for vocab, classes, rows in ((4, 8, 8), (5, 7, 8), (4, 7, 7)):  # 4 is mask_id, 7 null_cond
         tokens, cond = torch.arange(80).view(8, 10) % vocab, torch.arange(rows) % classes
-        with pytest.raises(cogrpo.UserError, match="has mask_id 4, null_cond 7 or unequal rows"):
+        with pytest.raises(cogrpo.UserError, match="data has mask 4, null 7 or unequal rows"):
             cogrpo.pretrain(Recorder(), tokens, cond, steps=1)
 
 
