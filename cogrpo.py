@@ -468,7 +468,7 @@ def iterate(i, state, reward_fn, conds, s):
     learner, schedule, reference, optimizer = state
     learner.eval()
     reference.eval()
-    torch.manual_seed(10 ** 6 * s.seed + i)  # so a run can resume
+    torch.manual_seed(10 ** 6 * s.seed + i)  # to resume
     for group, lr in zip(optimizer.param_groups, (s.lr, s.schedule_lr)):
         group["lr"] = lr * (1 - i / s.iters)
     which, batch = s.optimize, i
@@ -521,7 +521,7 @@ def train(model, reward_fn, conds, settings=Settings(), *, on_iteration=None, sc
 def parse(argv):
     """The command line -> (arguments, Settings)."""
     parser = argparse.ArgumentParser(
-        usage="cogrpo.py [flags]", formatter_class=argparse.RawTextHelpFormatter,
+        usage="cogrpo.py [flags], --help", formatter_class=argparse.RawTextHelpFormatter,
         epilog="train again:     cogrpo.py --load out/base.pt --lr 1e-3 --out lr\n"
                "measure, T = 8:  cogrpo.py --load out/cogrpo.pt --iters 0 --steps 8 --out T8")
     toy = parser.add_argument_group("toy and files")
@@ -649,7 +649,7 @@ def main(argv=None):
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        print("\nstopped; saved:", *sorted(args.out.glob("*.pt")) or ["nothing"], file=sys.stderr)
+        print("\nstopped; files:", *sorted(args.out.glob("*.pt")) or ["none"], file=sys.stderr)
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

@@ -332,10 +332,11 @@ def draw_frontier(path, figures):
         lines.append((x, y, toy.BLUE if arm == "joint" else toy.INK if at == 32 else toy.GREY, 2))
         labels.append((x[-1], y[-1], f"{arm}, T = {at}"))
         if at == 32:
-            labels.append((x[2], y[2] + 0.04, f"T = 32, x {COLDER[1]}"))
+            labels.append((x[2] - 0.0145, y[2] + 0.002, f"T = 32, x {COLDER[1]}"))
         if arm == "joint":  # above the line, from the left: the coldest first
             labels += [(a, b + 0.03, f"x {factor}") for a, b, factor in zip(x, y, sorted(COLDER))]
             lines.append(([x[-1]] * 20, list(np.linspace(0, y[-1], 20)), toy.PALE, 1))  # vertical
+            labels.append((x[-1], 0.05, "equal diversity"))
     if lines:
         picture = toy.chart("diversity", lines, labels=labels, width=840, height=500)
         title = "held-out p(c | image), every tau_s multiplied by 1 to 0.4: up and right is better"

@@ -97,7 +97,7 @@ def draw_step(path, world, step, after, scale=6):
     boxes = [("canvas x_t", before, "blue: [MASK]"), ("schedule p_phi", None, "a_t is scored"),
              ("candidates", drawn, "drawn from p_theta"),
              ("ranked", outlined(ranked, filled, scale, toy.INK),
-              "bright, and rank: log p + tau_r * noise\nframed: kept   crossed: not masked"),
+              "rank by log p + tau_r * noise\nframed: kept   struck: not masked"),
              ("next canvas", outlined(then, filled, scale, SCORED), "filled tokens are scored")]
     w = 28 * scale + 56
     page = Image.new("RGB", (len(boxes) * w + 30, 28 * scale + 110), CARD)
