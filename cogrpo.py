@@ -139,9 +139,8 @@ def pretrain(model, tokens, cond, steps=600, batch=128, lr=3e-3, drop=0.1):
     tokens int64 [N, L], cond [N, ...]. A row's tokens are masked with probability
     cos(pi U / 2), U uniform. A fraction `drop` of cond becomes null, for guidance.
     """
-    if (len(tokens) != len(cond) or (tokens == model.mask_id).any()
-            or (cond.dim() == 1 and model.null_cond in cond.tolist())):
-        raise UserError(f"data has mask {model.mask_id}, null {model.null_cond} or unequal rows")
+    if len(tokens) != len(cond) or (tokens == model.mask_id).any():
+        raise UserError(f"pretrain: data with mask_id {model.mask_id}, or with unequal rows")
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, cycle_momentum=False)
     for _ in tqdm(range(steps), "pretraining", disable=None):
@@ -420,7 +419,7 @@ def update(model, schedule, reference, optimizer, rollouts, s, which="joint"):
                     metrics["kl_schedule"] += kl / B
         for name, group in zip(("model", "schedule"), optimizer.param_groups):
             metrics["grad_" + name] = nn.utils.clip_grad_norm_(group["params"], 1.0)
-        optimizer.step()  # without gradients it stays
+        optimizer.step()
     return metrics
 
 
@@ -548,7 +547,7 @@ def parse(argv):
 def make_base(toy, data, size, seed, device):
     """A toy world (codebook, classifiers, test digits), and a model pretrained on its digits."""
     train_set, test_set, source = toy.load_digits(data, size, seed)
-    print(source)
+    print(source, flush=True)
     torch.manual_seed(seed)
     world, tokens, labels = toy.build_world(train_set, test_set, size, device)
     base = MDM(toy.SEQ_LEN, size.codebook_size, toy.CLASSES, size.dim, size.depth).to(device)
@@ -613,7 +612,7 @@ def run(toy, args, s):
     toy.make_folder(out)
     if args.load is None:
         print(f"to {out}/: 1. pretraining, 2. Co-GRPO, 3. measuring:", "half a minute"
-              if args.quick else "five minutes on two cores, eight on one")
+              if args.quick else "five minutes on two cores, eight on one", flush=True)
         size = toy.QUICK if args.quick else toy.Size()
         world, base = make_base(toy, args.data, size, s.seed, device)
         model, schedule = base, Schedule().to(device)
@@ -624,10 +623,10 @@ def run(toy, args, s):
     def on_iteration(metrics, learner, schedule, rollouts):
         p = torch.cat([world.held_out(tokens, cond) for tokens, _, cond, _ in rollouts])
         metrics["held_out"] = float(p.mean())
-        if metrics["iter"] % 10 in (0, 9) or metrics["iter"] == s.iters - 1:
+        if metrics["iter"] % 10 == 0 or metrics["iter"] == s.iters - 1:
             save(toy, out / "unfinished.pt", world, base, learner, schedule)
     if s.iters > 0:
-        print(f"2. Co-GRPO from the base model, after {time.time() - start:.0f} s")
+        print(f"2. Co-GRPO from the base model, after {time.time() - start:.0f} s", flush=True)
         conds = torch.arange(toy.CLASSES, device=device)
         model, schedule, log = train(base, world.reward, conds, s, on_iteration=on_iteration)
         if (out / "cogrpo.pt").exists():
@@ -635,7 +634,7 @@ def run(toy, args, s):
         os.replace(out / "unfinished.pt", out / "cogrpo.pt")
         toy.write_csv(out / "log.csv", log)
         toy.draw_curves(out / "curves.png", log)
-    print(f"3. measuring, after {time.time() - start:.0f} s")
+    print(f"3. measuring, after {time.time() - start:.0f} s", flush=True)
     report(toy, out, world, base, model, schedule, s)
     if world.size == toy.QUICK:
         print("\nThe figures of a small world mean nothing.")
@@ -644,12 +643,12 @@ def run(toy, args, s):
 
 def main(argv=None):
     import toy_reward as toy  # the method does not need it
-    sys.stdout.reconfigure(line_buffering=True)
+    args = None
     try:
         args, s = parse(argv)
         run(toy, args, s)
     except KeyboardInterrupt:
-        print("\nstopped; files:", *sorted(args.out.glob("*.pt")) or ["none"], file=sys.stderr)
+        print("\nstopped; files:", *sorted(args.out.glob("*.pt")) if args else "", file=sys.stderr)
         sys.exit(130)
     except (UserError, toy.UserError) as error:
         print(f"cogrpo.py: error: {error}", file=sys.stderr)

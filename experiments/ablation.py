@@ -329,9 +329,10 @@ def draw_frontier(path, figures):
         points = sorted((mean_of(figures[key], "diversity"), mean_of(figures[key], "held_out"))
                         for key in keys)
         x, y = [point[0] for point in points], [point[1] for point in points]
-        lines.append((x, y, toy.BLUE if arm == "joint" else toy.INK if at == 32 else toy.GREY, 2))
+        colour = {("joint", T): toy.BLUE, ("hand-made", 32): toy.INK}.get((arm, at), toy.GREY)
+        lines.append((x, y, colour, 2))
         labels.append((x[-1], y[-1], f"{arm}, T = {at}"))
-        if at == 32:
+        if at == 32:  # below its third point, to the left
             labels.append((x[2] - 0.0145, y[2] + 0.002, f"T = 32, x {COLDER[1]}"))
         if arm == "joint":  # above the line, from the left: the coldest first
             labels += [(a, b + 0.03, f"x {factor}") for a, b, factor in zip(x, y, sorted(COLDER))]
